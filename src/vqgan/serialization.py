@@ -1,0 +1,175 @@
+"""Configs as JSON and models as directories: `config.json` beside `model.safetensors`.
+
+Reading is strict. An unknown key, a value of another type, a tensor that is missing, left over or of
+another shape is an error, and all of them are reported together.
+"""
+
+import dataclasses
+import json
+import types
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeVar, get_args, get_origin
+
+import cattrs
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from vqgan import atomic
+from vqgan.errors import InputError
+
+T = TypeVar("T")
+
+
+def _strict(kind: type):
+    def structure(value: Any, _: type) -> Any:
+        if kind is float and type(value) is int:
+            return float(value)
+        if type(value) is not kind:
+            raise ValueError(f"{value!r} is not of type {kind.__name__}")
+        return value
+
+    return structure
+
+
+def _structure_tuple(value: Any, kind: Any) -> tuple:
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{value!r} is not a list")
+    members = get_args(kind)
+    if members[-1] is Ellipsis:
+        members = (members[0],) * len(value)
+    if len(members) != len(value):
+        raise ValueError(f"{value!r} does not have {len(members)} entries")
+    return tuple(_converter.structure(v, m) for v, m in zip(value, members, strict=True))
+
+
+_converter = cattrs.Converter(forbid_extra_keys=True)
+for _kind in (int, float, bool, str):
+    _converter.register_structure_hook(_kind, _strict(_kind))
+_converter.register_structure_hook_func(lambda kind: get_origin(kind) is tuple, _structure_tuple)
+# int | None and the like: cattrs' own hook would let any value of a primitive union through.
+_converter.register_structure_hook_func(
+    lambda kind: get_origin(kind) is types.UnionType and type(None) in get_args(kind),
+    lambda value, kind: None if value is None else _converter.structure(value, get_args(kind)[0]),
+)
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A config (a frozen dataclass, nested at will) as JSON data."""
+    return _converter.unstructure(config)
+
+
+def from_json(cls: type[T], data: Any, *, where: str) -> T:
+    """JSON data as a config of class `cls`.
+
+    Raises:
+      InputError: naming `where` and every key that is unknown, missing or of a wrong value.
+    """
+    try:
+        return _converter.structure(data, cls)
+    except Exception as error:
+        problems = "; ".join(cattrs.transform_error(error)).replace("$.", "")
+        raise InputError(f"{where}: {problems}") from error
+
+
+def read_json(path: Path) -> Any:
+    """The JSON in a file. Raises InputError where it is missing or malformed."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not JSON ({error})") from None
+
+
+def flat_weights(module: nnx.Module) -> dict[str, np.ndarray]:
+    """Every variable of a module by its dotted path, for example `encoder.conv_in.kernel`."""
+    return {
+        ".".join(map(str, path)): np.asarray(variable[...])
+        for path, variable in nnx.to_flat_state(nnx.state(module))
+    }
+
+
+def with_weights(abstract: T, weights: dict[str, np.ndarray], *, where: str) -> T:
+    """Fills a module made by `nnx.eval_shape`, without a random initialisation in between.
+
+    Raises:
+      InputError: naming every tensor that is missing, unexpected or of another shape.
+    """
+    graphdef, state = nnx.split(abstract)
+    flat = nnx.to_flat_state(state)
+    expected = {".".join(map(str, path)): variable.shape for path, variable in flat}
+    problems = [f"{name} is missing" for name in sorted(expected.keys() - weights.keys())]
+    problems += [f"{name} is unexpected" for name in sorted(weights.keys() - expected.keys())]
+    problems += [
+        f"{name} has shape {weights[name].shape}, not {expected[name]}"
+        for name in sorted(expected.keys() & weights.keys())
+        if weights[name].shape != expected[name]
+    ]
+    if problems:
+        raise InputError(f"{where}: {'; '.join(problems)}")
+    filled = [
+        (path, variable.replace(jnp.asarray(weights[".".join(map(str, path))], variable.dtype)))
+        for path, variable in flat
+    ]
+    return nnx.merge(graphdef, nnx.from_flat_state(filled))
+
+
+class Pretrained:
+    """Mix-in for models that live in a directory: `config.json` and `model.safetensors`.
+
+    The class is built as `cls(config, rngs=...)`, keeps its `config`, and names its `config_class`.
+    """
+
+    config_class: ClassVar[type]
+    config: Any
+
+    def save_pretrained(self, directory: Path | str) -> None:
+        """Writes the model; a directory of that name is replaced once the new one is complete."""
+        with atomic.new_directory(directory) as new:
+            description = {"model_type": type(self).__name__, "config": to_json(self.config)}
+            (new / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+            weights = flat_weights(self)  # type: ignore[arg-type]
+            save_file(weights, new / "model.safetensors", metadata={"format": "vqgan"})
+
+    @classmethod
+    def from_pretrained(cls, directory: Path | str) -> Self:
+        """Reads a model that `save_pretrained` wrote.
+
+        Raises:
+          InputError: the directory is missing, holds another kind of model, or a config or
+            tensors that do not fit; nothing is loaded in part.
+        """
+        directory = Path(directory)
+        if not directory.is_dir():
+            raise InputError(f"{directory}: no such model directory")
+        path = directory / "config.json"
+        if not path.exists():
+            raise InputError(f"{directory}: no config.json in it, so it is not a model directory")
+        description = read_json(path)
+        found = description.get("model_type") if isinstance(description, dict) else None
+        if found != cls.__name__:
+            raise InputError(f"{path}: holds a {found or 'model of no type'}, not a {cls.__name__}")
+        config = from_json(cls.config_class, description.get("config"), where=str(path))
+        weights_path = directory / "model.safetensors"
+        try:
+            weights = load_file(weights_path)
+        except (FileNotFoundError, SafetensorError) as error:
+            raise InputError(f"{weights_path}: cannot be read ({error})") from None
+        abstract = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0)))  # type: ignore[call-arg]
+        return with_weights(abstract, weights, where=str(weights_path))
+
+
+def differing_fields(a: Any, b: Any, prefix: str = "") -> list[str]:
+    """Dotted names of the fields in which two configs of the same class differ."""
+    if type(a) is not type(b) or not dataclasses.is_dataclass(a):
+        return [] if a == b else [prefix]
+    return [
+        name
+        for field in dataclasses.fields(a)
+        for name in differing_fields(
+            getattr(a, field.name), getattr(b, field.name), f"{prefix}.{field.name}".lstrip(".")
+        )
+    ]

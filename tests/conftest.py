@@ -1,0 +1,15 @@
+"""A strict session: warnings are errors, shapes are checked, eight devices to shard over."""
+
+import os
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+_cache = Path(os.environ.get("VQGAN_TEST_CACHE", Path(tempfile.gettempdir()) / "vqgan-test-cache"))
+jax.config.update("jax_compilation_cache_dir", str(_cache))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
