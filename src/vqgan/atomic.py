@@ -1,10 +1,12 @@
 """Outputs that are there whole or not at all: written beside their place, then renamed into it."""
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 def _beside(path: Path) -> Path:
@@ -43,3 +45,9 @@ def new_directory(path: Path | str) -> Iterator[Path]:
             os.rename(beside, path)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def write_json(data: Any, path: Path | str) -> None:
+    """JSON data into a file."""
+    with new_file(path) as new:
+        new.write_text(json.dumps(data, indent=2) + "\n")

@@ -1,0 +1,98 @@
+"""The losses of stage 1 as pure functions, each reduced to a scalar.
+
+Esser, Rombach, Ommer 2021, "Taming Transformers for High-Resolution Image Synthesis"
+(arXiv:2012.09841), equations 5 to 7. Logits are those of a discriminator that calls real positive.
+"""
+
+from typing import Literal, assert_never
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+GanLoss = Literal["hinge", "vanilla", "non_saturating"]
+PixelLoss = Literal["l1", "l2"]
+
+
+def discriminator_loss(
+    kind: GanLoss, real_logits: Float[Array, "*r"], fake_logits: Float[Array, "*f"]
+) -> Float[Array, ""]:
+    """What the discriminator minimises.
+
+    `hinge` and `vanilla` are the mean of the real and the fake term, as in taming-transformers;
+    `non_saturating` is their sum, the two-sided cross-entropy of Goodfellow et al. 2014.
+    """
+    match kind:
+        case "hinge":
+            real, fake = jax.nn.relu(1.0 - real_logits), jax.nn.relu(1.0 + fake_logits)
+            return 0.5 * (real.mean() + fake.mean())
+        case "vanilla":
+            return 0.5 * _cross_entropy(real_logits, fake_logits)
+        case "non_saturating":
+            return _cross_entropy(real_logits, fake_logits)
+        case _:
+            assert_never(kind)
+
+
+def _cross_entropy(
+    real_logits: Float[Array, "*r"], fake_logits: Float[Array, "*f"]
+) -> Float[Array, ""]:
+    return jax.nn.softplus(-real_logits).mean() + jax.nn.softplus(fake_logits).mean()
+
+
+def generator_loss(kind: GanLoss, fake_logits: Float[Array, "*f"]) -> Float[Array, ""]:
+    """What the generator minimises against the discriminator of the same kind.
+
+    `hinge` and `vanilla` raise the mean logit; `non_saturating` is -log sigmoid of it.
+    """
+    match kind:
+        case "hinge" | "vanilla":
+            return -fake_logits.mean()
+        case "non_saturating":
+            return jax.nn.softplus(-fake_logits).mean()
+        case _:
+            assert_never(kind)
+
+
+def pixel_loss(
+    kind: PixelLoss,
+    images: Float[Array, "b h w c"],
+    reconstructions: Float[Array, "b h w c"],
+) -> Float[Array, ""]:
+    """Mean absolute (`l1`) or squared (`l2`) difference over images, pixels and channels.
+
+    With the perceptual distance of weight w the paper's reconstruction term is
+    `pixel_loss + w * distance.mean()`.
+    """
+    difference = images - reconstructions
+    match kind:
+        case "l1":
+            return jnp.abs(difference).mean()
+        case "l2":
+            return jnp.square(difference).mean()
+        case _:
+            assert_never(kind)
+
+
+def adaptive_weight(
+    grad_nll: Float[Array, "*s"],
+    grad_gan: Float[Array, "*s"],
+    maximum: float = 1e4,
+    eps: float = 1e-4,
+) -> Float[Array, ""]:
+    """Weight of the adversarial term that balances its gradient with the reconstruction's.
+
+    Args:
+      grad_nll: gradient of the reconstruction terms (pixel and perceptual) with respect to the last
+        layer of the decoder, a kernel of any shape.
+      grad_gan: gradient of the generator loss with respect to the same.
+
+    Returns:
+      `|grad_nll| / (|grad_gan| + eps)`, clipped to [0, maximum]; no gradient flows through it.
+    """
+    ratio = _norm(grad_nll) / (_norm(grad_gan) + eps)
+    return jax.lax.stop_gradient(jnp.clip(ratio, 0.0, maximum))
+
+
+def _norm(x: Float[Array, "..."]) -> Float[Array, ""]:
+    return jnp.sqrt(jnp.sum(jnp.square(x)))

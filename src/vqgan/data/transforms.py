@@ -1,0 +1,58 @@
+"""Resizes, crops and flips of uint8 NumPy images `[h, w, c]` with any number of channels."""
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+Picture = UInt8[np.ndarray, "h w c"]
+
+
+def resize_smallest_side(image: Picture, size: int) -> Picture:
+    """Makes the smaller side `size` pixels and keeps the proportions; antialiased, bicubic.
+
+    An image whose smaller side is below `size` is enlarged.
+    """
+    height, width = image.shape[:2]
+    scale = size / min(height, width)
+    if scale == 1.0:
+        return image
+    shape = (max(size, round(width * scale)), max(size, round(height * scale)))
+    if image.shape[2] == 3:
+        return np.asarray(Image.fromarray(image).resize(shape, Image.Resampling.BICUBIC))
+    channels = [
+        Image.fromarray(image[..., c]).resize(shape, Image.Resampling.BICUBIC)
+        for c in range(image.shape[2])
+    ]
+    return np.stack([np.asarray(channel) for channel in channels], axis=-1)
+
+
+def crop(image: Picture, top: int, left: int, size: int) -> Picture:
+    """A square of `size` pixels whose upper left corner is at (top, left)."""
+    return image[top : top + size, left : left + size]
+
+
+def center_crop(image: Picture, size: int) -> Picture:
+    """The square of `size` pixels in the middle. The image must be at least that large."""
+    height, width = image.shape[:2]
+    return crop(image, (height - size) // 2, (width - size) // 2, size)
+
+
+def random_crop(image: Picture, size: int, rng: np.random.Generator) -> Picture:
+    """A square of `size` pixels, every place equally likely. The image must be that large."""
+    height, width = image.shape[:2]
+    top = int(rng.integers(height - size + 1))
+    left = int(rng.integers(width - size + 1))
+    return crop(image, top, left, size)
+
+
+def ten_crop(image: Picture, size: int) -> list[Picture]:
+    """The four corners and the centre, then the same five flipped."""
+    bottom, right = image.shape[0] - size, image.shape[1] - size
+    corners = [(0, 0), (0, right), (bottom, 0), (bottom, right)]
+    crops = [crop(image, top, left, size) for top, left in corners] + [center_crop(image, size)]
+    return crops + [flip(view) for view in crops]
+
+
+def flip(image: Picture) -> Picture:
+    """Left becomes right."""
+    return image[:, ::-1]

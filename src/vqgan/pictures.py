@@ -1,0 +1,99 @@
+"""Pictures for people: bytes from the model's range, grids, and the curves of a run."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vqgan import atomic
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """[-1, 1] to bytes, clipped and rounded."""
+    scaled = (np.asarray(images, np.float32) + 1.0) * 127.5
+    return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+
+
+def grid(images: np.ndarray, columns: int, *, gap: int = 2, scale: int = 1) -> np.ndarray:
+    """uint8 images `[n, h, w, c]` as one, row by row on white, each enlarged `scale` times."""
+    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    n, h, w, c = images.shape
+    rows = -(-n // columns)
+    sheet = np.full((rows * (h + gap) + gap, columns * (w + gap) + gap, c), 255, np.uint8)
+    for i, image in enumerate(images):
+        y, x = gap + (i // columns) * (h + gap), gap + (i % columns) * (w + gap)
+        sheet[y : y + h, x : x + w] = image
+    return sheet
+
+
+def inputs_over_outputs(inputs: np.ndarray, outputs: np.ndarray, columns: int = 8) -> np.ndarray:
+    """Alternating rows of uint8 images: what went in, and below it what came out."""
+    n, h, w, c = inputs.shape
+    columns = min(columns, n)
+    n -= n % columns
+    rows = [x[:n].reshape(-1, columns, h, w, c) for x in (inputs, outputs)]
+    return grid(np.stack(rows, axis=1).reshape(-1, h, w, c), columns)
+
+
+def save_png(picture: np.ndarray, path: Path | str) -> None:
+    """A uint8 `[h, w, c]` picture into a PNG file, whole or not at all."""
+    with atomic.new_file(path) as new:
+        Image.fromarray(picture.squeeze()).save(new, format="PNG")
+
+
+def save_curves(records: Mapping[str, Sequence[Mapping]], path: Path | str) -> None:
+    """Every number of one or more runs' metrics over the step: training lines, held-out dots.
+
+    Args:
+      records: a list of metrics.jsonl records for each run by its name.
+    """
+    names = {
+        (run, name)
+        for run, lines in records.items()
+        for line in lines
+        for name in line
+        if name not in ("step", "kind")
+    }
+    ordered = sorted(names)
+    columns = 4
+    rows = max(-(-len(ordered) // columns), 1)
+    with _figure(4 * columns, 2.4 * rows, path) as figure:
+        for i, (run, name) in enumerate(ordered):
+            axes = figure.add_subplot(rows, columns, i + 1)
+            for kind, style in (("train", "-"), ("eval", "o")):
+                lines = [x for x in records[run] if x["kind"] == kind and name in x]
+                axes.plot([x["step"] for x in lines], [x[name] for x in lines], style, ms=4)
+            axes.set_title(f"{run}: {name}", fontsize=9)
+            axes.tick_params(labelsize=7)
+
+
+def save_codebook_usage(counts: np.ndarray, path: Path | str) -> None:
+    """How often each code is used, most used first, on a logarithmic scale."""
+    ordered = np.sort(counts)[::-1]
+    with _figure(8, 3, path) as figure:
+        axes = figure.add_subplot()
+        axes.bar(np.arange(len(ordered)), np.maximum(ordered, 0.1), width=1.0)
+        axes.set_yscale("log")
+        axes.set_xlabel("codes, most used first")
+        axes.set_ylabel("times used")
+        used = int((ordered > 0).sum())
+        axes.set_title(f"{used} of {len(ordered)} codes in use on held-out images")
+
+
+class _figure:
+    """A matplotlib figure that is written to `path` at the end of the block."""
+
+    def __init__(self, width: float, height: float, path: Path | str):
+        from matplotlib.figure import Figure  # slow to import, and only runs that draw need it
+
+        self._figure = Figure(figsize=(width, height), layout="constrained")
+        self._path = path
+
+    def __enter__(self):
+        return self._figure
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            with atomic.new_file(self._path) as new:
+                self._figure.savefig(new, format="png", dpi=100)

@@ -1,0 +1,126 @@
+"""Stage 1: the tokenizer. Images to a grid of code ids and back.
+
+    images -> encoder -> quant_conv -> z -> quantizer -> z_q, ids -> post_quant_conv -> decoder -> images
+
+`Tokenizer.encode`, `decode` and the call are compiled once for every shape and also work inside a caller's
+own `jax.jit`. `latents`, `decoder_features` and `last_layer` are the pieces from which the training step
+(vqgan/train/tokenizer.py) is put together.
+"""
+
+from dataclasses import dataclass, field
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from vqgan.errors import InputError
+from vqgan.nn import conv, fold
+from vqgan.serialization import Pretrained
+from vqgan.tokenizer.autoencoder import AutoencoderConfig, Decoder, Encoder
+from vqgan.tokenizer.quantizers import QuantizerConfig, VQConfig, make_quantizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """Autoencoder and quantizer. The defaults are the paper's f16 model with 1024 codes."""
+
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    quantizer: QuantizerConfig = field(default_factory=VQConfig)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TokenizerOutput:
+    """What a call of the tokenizer returns."""
+
+    reconstruction: Float[Array, "b h w c"]
+    """In [-1, 1] by training, not clipped."""
+    z: Float[Array, "b h2 w2 d"]
+    """Latents before quantisation."""
+    z_q: Float[Array, "b h2 w2 d"]
+    """Latents after quantisation."""
+    ids: Int[Array, "b h2 w2"]
+    losses: dict[str, Float[Array, ""]]
+    """The quantizer's loss terms by name."""
+
+
+class Tokenizer(Pretrained, nnx.Module):
+    """VQGAN's first stage (arXiv:2012.09841).
+
+    Images are float32 `[b, h, w, c]` in [-1, 1], of any size that `factor` divides.
+    """
+
+    config_class = TokenizerConfig
+
+    def __init__(self, config: TokenizerConfig, *, rngs: nnx.Rngs):
+        config.autoencoder.check()
+        self.config = config
+        z, d, dtype = (
+            config.autoencoder.z_channels,
+            config.quantizer.dim,
+            config.autoencoder.dtype,
+        )
+        self.encoder = Encoder(config.autoencoder, rngs=rngs)
+        self.quant_conv = conv(z, d, 1, dtype=dtype, rngs=rngs)
+        self.quantizer = make_quantizer(config.quantizer, rngs=rngs)
+        self.post_quant_conv = conv(d, z, 1, dtype=dtype, rngs=rngs)
+        self.decoder = Decoder(config.autoencoder, rngs=rngs)
+
+    @property
+    def factor(self) -> int:
+        """Pixels a token, along each side."""
+        return self.config.autoencoder.factor
+
+    @property
+    def codebook_size(self) -> int:
+        """Number of different ids."""
+        return self.config.quantizer.codebook_size
+
+    @jax.jit
+    def encode(self, images: Float[Array, "b h w c"]) -> Int[Array, "b h2 w2"]:
+        """Ids of images in [-1, 1].
+
+        Raises:
+          InputError: height or width is not a multiple of `factor`, or channels do not fit.
+        """
+        return self.quantizer(self.latents(images)).ids
+
+    @jax.jit
+    def decode(self, ids: Int[Array, "b h2 w2"]) -> Float[Array, "b h w c"]:
+        """Images, not clipped, from ids in [0, codebook_size)."""
+        return self.decoder(self.post_quant_conv(self.quantizer.codes(ids)))
+
+    @jax.jit
+    def __call__(self, images: Float[Array, "b h w c"]) -> TokenizerOutput:
+        """Reconstruction, latents, ids and loss terms. Raises InputError as `encode` does."""
+        z = self.latents(images)
+        q = self.quantizer(z)
+        return TokenizerOutput(
+            reconstruction=self.decoder(self.post_quant_conv(q.z_q)),
+            z=z,
+            z_q=q.z_q,
+            ids=q.ids,
+            losses=q.losses,
+        )
+
+    def latents(
+        self, images: Float[Array, "b h w c"], key: Key[Array, ""] | None = None
+    ) -> Float[Array, "b h2 w2 d"]:
+        """Latents before quantisation; `key` turns dropout on."""
+        _, h, w, c = images.shape
+        if h % self.factor or w % self.factor or not h * w:
+            raise InputError(
+                f"images of {h}x{w} pixels: both sides must be multiples of {self.factor}"
+            )
+        if c != self.config.autoencoder.in_channels:
+            raise InputError(
+                f"images of {c} channels: this tokenizer takes {self.config.autoencoder.in_channels}"
+            )
+        z = self.quant_conv(self.encoder(images, fold(key, 0)))
+        return z.astype("float32")
+
+    def decoder_features(
+        self, z_q: Float[Array, "b h2 w2 d"], key: Key[Array, ""] | None = None
+    ) -> Float[Array, "b h w e"]:
+        """The decoder up to its last layer; `key` turns dropout on."""
+        return self.decoder.features(self.post_quant_conv(z_q), fold(key, 1))

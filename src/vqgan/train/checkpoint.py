@@ -1,0 +1,57 @@
+"""Checkpoints: the only file that knows Orbax.
+
+A checkpoint is the whole state of a run (models, optimisers, averages, statistics, step) and, as JSON, its
+config, its data position and its best metric. Batches are a pure function of seed and step, so the step is the
+data position. Saving runs in the background.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every file it touches
+
+
+class Checkpoints:
+    """The checkpoints of one run directory. Use as a context manager."""
+
+    def __init__(self, directory: Path | str, *, keep: int = 2):
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, enable_async_checkpointing=True, create=True
+        )
+        self._manager = ocp.CheckpointManager(Path(directory).absolute(), options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._manager.close()
+
+    def latest(self) -> int | None:
+        """The newest step that was saved whole."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
+        """Starts saving; `state` may be donated at once."""
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+        self._manager.save(step, args=items)
+
+    def restore(self, step: int, like: Any) -> Any:
+        """The state of a step, with the shapes and shardings of `like`."""
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
+        )
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        return self._manager.restore(step, args=items).state
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """The JSON that was saved with a step."""
+        items = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=items).meta
+
+    def wait(self) -> None:
+        """Blocks until all saves are on disk."""
+        self._manager.wait_until_finished()

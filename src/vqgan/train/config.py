@@ -1,0 +1,107 @@
+"""What a training run is told. Inert data; presets (vqgan/presets.py) are values of these classes."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from vqgan.adversarial.patchgan import PatchGANConfig
+from vqgan.data.pipeline import DataConfig
+from vqgan.prior.transformer import PriorConfig
+from vqgan.tokenizer.model import TokenizerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Adam, or AdamW where `weight_decay` is set. The learning rate given is the one used."""
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.5, 0.9)
+    """The defaults are the paper's for stage 1."""
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    """Decoupled, on matrices and kernels only: not on biases, norms, embeddings or codebooks."""
+    warmup_steps: int = 0
+    schedule: Literal["constant", "cosine"] = "constant"
+    """After the warm-up; "cosine" falls to `final_lr` at the end of the run."""
+    final_lr: float = 0.0
+    clip_norm: float = 0.0
+    """Largest global norm of the gradients; 0 does not clip."""
+    accumulate: int = 1
+    """Batches whose gradients are averaged into one update; the schedule counts updates."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Stage 1: `reconstruction + perceptual + weight * adversarial + codebook`."""
+
+    reconstruction: Literal["l1", "l2"] = "l1"
+    reconstruction_weight: float = 1.0
+    perceptual: Literal["vgg16", "alexnet"] = "vgg16"
+    """The network of LPIPS."""
+    perceptual_weight: float = 1.0
+    codebook_weight: float = 1.0
+    adversarial: Literal["hinge", "vanilla", "non_saturating"] = "hinge"
+    adversarial_weight: float = 0.8
+    adaptive: bool = True
+    """Multiply `adversarial_weight` by the paper's ratio of gradient norms at the last layer."""
+    disc_start: int = 250_001
+    """The step from which the generator sees the discriminator; -1 means never."""
+    disc_warmup: int = 0
+    """Steps before `disc_start` during which the discriminator already learns. The paper's 0 lets
+    an untrained discriminator loose on the generator."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Length and cadence of a run, in steps (batches). 0 turns a cadence off."""
+
+    steps: int = 100_000
+    seed: int = 0
+    log_every: int = 50
+    eval_every: int = 5000
+    image_every: int = 1000
+    save_every: int = 1000
+    keep: int = 2
+    """Checkpoints kept beside the newest best one."""
+    eval_images: int = 1000
+    """At most so many held-out images an evaluation."""
+    fsdp: int = 1
+    """Devices over which parameters and optimiser state are sharded."""
+    tensor: int = 1
+    """Devices over which the transformer's matrices are split."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerTraining:
+    """Everything that determines a run of stage 1."""
+
+    model: TokenizerConfig = field(default_factory=TokenizerConfig)
+    discriminator: PatchGANConfig = field(default_factory=PatchGANConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    disc_optim: OptimConfig = field(default_factory=OptimConfig)
+    ema_decay: float = 0.999
+    """Of the weights that `model/` holds; 0 takes the last ones."""
+    data: DataConfig = field(default_factory=DataConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorTraining:
+    """Everything that determines a run of stage 2.
+
+    `model.codebook_size`, `grid` and `num_classes` are taken from the codes that it trains on.
+    """
+
+    model: PriorConfig
+    class_conditional: bool = True
+    """Whether classes, where the data has them, condition the prior."""
+    pkeep: float = 1.0
+    """Probability that an input token is kept; else it becomes a random one (taming's `pkeep`)."""
+    passes: tuple[str, ...] = ("center", "flip")
+    """How often, and with which crops and flips, stage 1 encodes the data."""
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(betas=(0.9, 0.95), weight_decay=0.01)
+    )
+    ema_decay: float = 0.999
+    data: DataConfig = field(default_factory=DataConfig)
+    run: RunConfig = field(default_factory=RunConfig)

@@ -1,0 +1,402 @@
+"""Stage 1 training: the losses of VQGAN (arXiv:2012.09841, section 3.1) and one step of it.
+
+The autoencoder runs forward once and backward once. The two things that the paper asks of gradients at
+the last layer, their norms for the adaptive weight, and the two players' updates all come from the
+same reconstruction:
+
+    z, ids, features         = encode, quantise and decode up to the last layer
+    reconstruction           = last layer
+    dR                       = d(L1 + LPIPS) / d reconstruction
+    dG, discriminator update = from one pass of the discriminator over the reconstruction
+    weight                   = |dR at the last layer| / |dG at the last layer|
+    autoencoder update       = pull dR + weight dG back through everything
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from vqgan.adversarial.losses import (
+    adaptive_weight,
+    discriminator_loss,
+    generator_loss,
+    pixel_loss,
+)
+from vqgan.adversarial.lpips import LPIPS, load_lpips
+from vqgan.adversarial.patchgan import PatchGAN
+from vqgan.data.pipeline import eval_batches, image_augment
+from vqgan.data.sources import ImageSource, open_source
+from vqgan.errors import InputError
+from vqgan.eval.runner import evaluate_tokenizer
+from vqgan.pictures import inputs_over_outputs, to_uint8
+from vqgan.tokenizer.model import Tokenizer
+from vqgan.train import loop, sharding
+from vqgan.train.config import LossConfig, TokenizerTraining
+from vqgan.train.optim import optimizer
+from vqgan.train.run_directory import claim
+from vqgan.train.state import TokenizerState, compiled, copy, create, describe, moving_average, to_float
+
+Batch = dict[str, Any]
+Metrics = dict[str, Float[Array, ""]]
+Images = Float[Array, "b h w c"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage1:
+    """What a step needs and does not change: configs, module structure, optimisers."""
+
+    config: TokenizerTraining
+    tokenizer: nnx.GraphDef
+    last_layer: nnx.GraphDef
+    discriminator: nnx.GraphDef
+    optim: optax.GradientTransformation
+    disc_optim: optax.GradientTransformation
+
+    def build(self, state: TokenizerState, *, average: bool = False) -> Tokenizer:
+        """The tokenizer of a state, with its last or its averaged weights."""
+        params = state.ema if average else state.params
+        return nnx.merge(self.tokenizer, params, state.codebook_stats)
+
+
+def setup(
+    config: TokenizerTraining,
+    optim: optax.GradientTransformation | None = None,
+    disc_optim: optax.GradientTransformation | None = None,
+) -> tuple[Stage1, Callable[[], TokenizerState]]:
+    """The fixed part of a run, and a function that makes the state it starts from.
+
+    Any optax transform can take the place of the configured optimisers.
+    """
+    optim = optim or optimizer(config.optim, config.run.steps)
+    disc_optim = disc_optim or optimizer(config.disc_optim, config.run.steps)
+
+    def modules() -> tuple[Tokenizer, PatchGAN]:
+        rngs = nnx.Rngs(config.run.seed)
+        return Tokenizer(config.model, rngs=rngs), PatchGAN(config.discriminator, rngs=rngs)
+
+    def init() -> TokenizerState:
+        tokenizer, discriminator = modules()
+        _, params, codebook_stats = nnx.split(tokenizer, nnx.Param, ...)
+        _, disc_params, disc_stats = nnx.split(discriminator, nnx.Param, ...)
+        return TokenizerState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            codebook_stats=codebook_stats,
+            optim=optim.init(params),
+            ema=copy(params),
+            disc_params=disc_params,
+            disc_stats=disc_stats,
+            disc_optim=disc_optim.init(disc_params),
+        )
+
+    tokenizer, discriminator = nnx.eval_shape(modules)
+    stage = Stage1(
+        config=config,
+        tokenizer=nnx.split(tokenizer, nnx.Param, ...)[0],
+        last_layer=nnx.split(tokenizer.decoder.conv_out)[0],
+        discriminator=nnx.split(discriminator, nnx.Param, ...)[0],
+        optim=optim,
+        disc_optim=disc_optim,
+    )
+    return stage, init
+
+
+def step(
+    stage: Stage1, state: TokenizerState, batch: Batch, key: Key[Array, ""], lpips: LPIPS | None
+) -> tuple[TokenizerState, Metrics]:
+    """One update of the autoencoder and one of the discriminator.
+
+    Args:
+      batch: `image`, uint8 `[b, h, w, c]`.
+      key: the run's; the step's own are derived from it.
+      lpips: the perceptual network; None where its weight is 0.
+    """
+    loss = stage.config.loss
+    key = jax.random.fold_in(key, state.step)
+    images = to_float(batch["image"])
+
+    # Forward, up to the decoder's features and then through the last layer.
+    def forward(params: nnx.State) -> tuple[tuple[Array, Array], Any]:
+        tokenizer = nnx.merge(stage.tokenizer, params, state.codebook_stats)
+        z = tokenizer.latents(images, key)
+        q = tokenizer.quantizer(z)
+        features = tokenizer.decoder_features(q.z_q, key)
+        return (features, sum(q.losses.values())), (z, q, tokenizer.quantizer.statistics(q.ids))
+
+    (features, codebook_loss), pull, aux = jax.vjp(forward, state.params, has_aux=True)
+    z, q, statistics = aux
+    last = state.params["decoder"]["conv_out"]
+    reconstruction, pull_last = jax.vjp(functools.partial(_apply_last, stage), last, features)
+
+    # What both losses want of the reconstruction.
+    (nll, terms), wish = jax.value_and_grad(_reconstruction_terms, has_aux=True)(
+        reconstruction, images, loss, lpips
+    )
+    game = _play_or_not(stage, state, images, reconstruction, wish, pull_last)
+
+    # Back through the last layer and everything before it, once.
+    last_grads, features_wish = pull_last(wish + game.wish)
+    (grads,) = pull((features_wish, jnp.asarray(loss.codebook_weight)))
+    grads["decoder"]["conv_out"] = last_grads
+    updates, optim = stage.optim.update(grads, state.optim, state.params)
+    updated = optax.apply_updates(state.params, updates)
+    params, codebook_stats = _maintain_codebook(stage, state, updated, z, q.ids, key)
+
+    metrics = terms | q.losses | game.metrics | statistics
+    metrics["loss"] = nll + loss.codebook_weight * codebook_loss + game.loss
+    metrics["grad_norm"] = optax.global_norm(grads)
+    new = TokenizerState(
+        step=state.step + 1,
+        params=params,
+        codebook_stats=codebook_stats,
+        optim=optim,
+        ema=_average(state.ema, updated, params, stage.config.ema_decay),
+        disc_params=game.disc_params,
+        disc_stats=game.disc_stats,
+        disc_optim=game.disc_optim,
+    )
+    return new, metrics
+
+
+def _apply_last(stage: Stage1, last: nnx.State, features: Array) -> Images:
+    return nnx.merge(stage.last_layer, last)(features).astype(jnp.float32)
+
+
+def _reconstruction_terms(
+    reconstruction: Images, images: Images, loss: LossConfig, lpips: LPIPS | None
+) -> tuple[Float[Array, ""], Metrics]:
+    """Pixel and perceptual terms, the paper's negative log-likelihood."""
+    pixel = pixel_loss(loss.reconstruction, images, reconstruction)
+    metrics = {loss.reconstruction: pixel}
+    total = loss.reconstruction_weight * pixel
+    if lpips is not None:
+        metrics["lpips"] = jnp.mean(lpips(images, reconstruction))
+        total = total + loss.perceptual_weight * metrics["lpips"]
+    return total, metrics
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Game:
+    """Outcome of one round between the two players."""
+
+    wish: Images
+    """Gradient of the weighted adversarial term with respect to the reconstruction."""
+    loss: Float[Array, ""]
+    disc_params: nnx.State
+    disc_stats: nnx.State
+    disc_optim: Any
+    metrics: Metrics
+
+
+def _play_or_not(
+    stage: Stage1,
+    state: TokenizerState,
+    images: Images,
+    reconstruction: Images,
+    nll_wish: Images,
+    pull_last: Callable,
+) -> _Game:
+    """The adversarial round, once it has begun. The beginning is traced: nothing recompiles."""
+    loss = stage.config.loss
+    names = ["adversarial", "adversarial_weight", "disc_loss", "disc_real", "disc_fake"]
+
+    def rest() -> _Game:
+        zero = jnp.zeros(())
+        return _Game(
+            wish=jnp.zeros_like(reconstruction),
+            loss=zero,
+            disc_params=state.disc_params,
+            disc_stats=state.disc_stats,
+            disc_optim=state.disc_optim,
+            metrics=dict.fromkeys(names, zero),
+        )
+
+    def play() -> _Game:
+        return _play(stage, state, images, reconstruction, nll_wish, pull_last)
+
+    begin = loss.disc_start - loss.disc_warmup
+    if loss.disc_start < 0:
+        return rest()
+    if begin <= 0:
+        return play()
+    return jax.lax.cond(state.step >= begin, play, rest)
+
+
+def _play(
+    stage: Stage1,
+    state: TokenizerState,
+    images: Images,
+    reconstruction: Images,
+    nll_wish: Images,
+    pull_last: Callable,
+) -> _Game:
+    """Both players' terms from one pass of the discriminator over the reconstruction."""
+    loss = stage.config.loss
+
+    def judge(params: nnx.State, stats: nnx.State, x: Images) -> tuple[Array, nnx.State]:
+        discriminator = nnx.merge(stage.discriminator, params, stats, copy=True)
+        logits = discriminator(x, train=True)
+        return logits, nnx.split(discriminator, nnx.Param, ...)[2]
+
+    params = state.disc_params
+    real, pull_real, stats = jax.vjp(
+        lambda p: judge(p, state.disc_stats, images), params, has_aux=True
+    )
+    fake, pull_fake, stats = jax.vjp(
+        lambda p, x: judge(p, stats, x), params, reconstruction, has_aux=True
+    )
+
+    # The generator's side.
+    generator, fake_wish = jax.value_and_grad(
+        lambda f: generator_loss(loss.adversarial, f)
+    )(fake)
+    wish = pull_fake(fake_wish)[1]
+    weight = jnp.asarray(loss.adversarial_weight)
+    if loss.adaptive:
+        at_last = (pull_last(w)[0]["kernel"][...] for w in (nll_wish, wish))
+        weight = weight * adaptive_weight(*at_last)
+    weight = jnp.where(state.step >= loss.disc_start, weight, 0.0)
+
+    # The discriminator's side.
+    disc_loss, (real_wish, fake_wish) = jax.value_and_grad(
+        lambda r, f: discriminator_loss(loss.adversarial, r, f), argnums=(0, 1)
+    )(real, fake)
+    grads = jax.tree.map(jnp.add, pull_real(real_wish)[0], pull_fake(fake_wish)[0])
+    updates, optim = stage.disc_optim.update(grads, state.disc_optim, params)
+
+    return _Game(
+        wish=weight * wish,
+        loss=weight * generator,
+        disc_params=optax.apply_updates(params, updates),
+        disc_stats=stats,
+        disc_optim=optim,
+        metrics={
+            "adversarial": generator,
+            "adversarial_weight": weight,
+            "disc_loss": disc_loss,
+            "disc_real": jnp.mean(real),
+            "disc_fake": jnp.mean(fake),
+        },
+    )
+
+
+def _maintain_codebook(
+    stage: Stage1,
+    state: TokenizerState,
+    params: nnx.State,
+    z: Array,
+    ids: Array,
+    key: Key[Array, ""],
+) -> tuple[nnx.State, nnx.State]:
+    """Parameters and codebook statistics after the quantizer has looked after its codes."""
+    tokenizer = nnx.merge(stage.tokenizer, params, state.codebook_stats, copy=True)
+    tokenizer.quantizer.maintain(z, ids, jax.random.fold_in(key, 2))
+    _, params, codebook_stats = nnx.split(tokenizer, nnx.Param, ...)
+    return params, codebook_stats
+
+
+def _average(
+    ema: nnx.State, updated: nnx.State, maintained: nnx.State, decay: float
+) -> nnx.State:
+    """Moving average of the weights; what maintenance moved, moves here at once."""
+    average = moving_average(ema, updated, decay)
+    return jax.tree.map(
+        lambda a, u, m: a if u is m else jnp.where(u == m, a, m), average, updated, maintained
+    )
+
+
+def train_tokenizer(
+    config: TokenizerTraining,
+    out: Path | str,
+    *,
+    optim: optax.GradientTransformation | None = None,
+    disc_optim: optax.GradientTransformation | None = None,
+    deadline: float | None = None,
+) -> Tokenizer:
+    """Trains a tokenizer in the run directory `out`, or goes on with the run that is there.
+
+    Args:
+      optim, disc_optim: optax transforms in place of the configured ones.
+      deadline: `time.monotonic()` at which to stop early, in good order.
+
+    Returns:
+      The tokenizer, with averaged weights, as `out/model` holds it.
+
+    Raises:
+      InputError: the config contradicts itself or the data, or `out` holds a run of another one.
+    """
+    out = Path(out)
+    train, test = (
+        open_source(config.data.source, split=split, holdout=config.data.holdout)
+        for split in ("train", "test")
+    )
+    _check(config, train)
+    stage, init = setup(config, optim, disc_optim)
+    claim(out, config)
+    mesh = sharding.make_mesh(fsdp=config.run.fsdp, tensor=config.run.tensor)
+    print(f"tokenizer: {describe(jax.eval_shape(init))}", flush=True)
+    state = create(init, mesh)
+    lpips = load_lpips(config.loss.perceptual) if config.loss.perceptual_weight else None
+    one_step = compiled(
+        functools.partial(step, stage),
+        state,
+        mesh,
+        key=jax.random.key(config.run.seed),
+        lpips=lpips,
+    )
+    held_out = eval_batches(test, config.data.image_size, config.data.batch_size)
+    judge = load_lpips("vgg16") if config.model.autoencoder.in_channels in (1, 3) else None
+
+    def averaged(state: TokenizerState) -> Tokenizer:
+        """The tokenizer with averaged weights, in one piece on this process."""
+        parts = (state.ema, state.codebook_stats)
+        return nnx.merge(stage.tokenizer, *sharding.on_host(parts, mesh))
+
+    def export(state: TokenizerState, directory: Path) -> None:
+        tokenizer = averaged(state)
+        if jax.process_index() == 0:
+            tokenizer.save_pretrained(directory)
+
+    state = loop.fit(
+        state,
+        one_step,
+        batches=functools.partial(global_batches, train, config.data, config.run, mesh),
+        evaluate=lambda s: evaluate_tokenizer(
+            averaged(s), held_out(config.run.eval_images), judge
+        ),
+        picture=lambda s: reconstructions_picture(averaged(s), next(held_out(8))["image"]),
+        export=export,
+        run=config.run,
+        out=out,
+        title="tokenizer",
+        images_per_step=config.data.batch_size,
+        meta={"config": to_json(config)},
+        deadline=deadline,
+    )
+    return averaged(state)
+
+
+def _check(config: TokenizerTraining, source: ImageSource) -> None:
+    """Raises InputError for what would only fail deep inside the first step."""
+    model = config.model.autoencoder
+    model.check()
+    if config.data.image_size % model.factor:
+        raise InputError(
+            f"data.image_size {config.data.image_size} is not a multiple of {model.factor}, "
+            "the tokenizer's downsampling factor"
+        )
+    channels = source[0]["image"].shape[-1]
+    if channels != model.in_channels or channels != config.discriminator.in_channels:
+        raise InputError(
+            f"{source.name}: images have {channels} channel(s), the tokenizer takes "
+            f"{model.in_channels} and the discriminator {config.discriminator.in_channels}"
+        )
