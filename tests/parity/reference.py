@@ -58,8 +58,8 @@ def import_taming(module: str) -> Any:
     """A module of taming-transformers by its name below `taming`, for example `models.vqgan`."""
     import_torchvision()
     _import("pytorch_lightning")
-    # Lightning 2 moved rank_zero_only, transformers dropped top_k_top_p_filtering (a sampling helper
-    # of minGPT's file uses it), and requests would only serve downloads, of which there are none.
+    # Lightning 2 moved rank_zero_only, transformers dropped top_k_top_p_filtering (which minGPT's
+    # file imports for a sampling helper), and requests would serve downloads that never happen.
     moved = _import("pytorch_lightning.utilities.rank_zero")
     filtering = types.ModuleType("transformers")
     filtering.top_k_top_p_filtering = None  # type: ignore[attr-defined]

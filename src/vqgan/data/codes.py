@@ -21,7 +21,7 @@ from jaxtyping import Integer, UInt8
 from vqgan import atomic
 from vqgan.data.pipeline import readable
 from vqgan.data.sources import ImageSource, Item
-from vqgan.data.transforms import Picture, center_crop, flip, resize_smallest_side, ten_crop
+from vqgan.data.transforms import Picture, center_square, flip, ten_crop
 from vqgan.errors import InputError
 from vqgan.serialization import from_json, read_json, to_json
 
@@ -48,20 +48,11 @@ class CodesInfo:
     """How often each code occurs, `[q, codebook_size]`."""
 
 
-def _center(image: Picture, size: int) -> Picture:
-    return center_crop(resize_smallest_side(image, size), size)
-
-
-def _ten_crop(image: Picture, size: int) -> list[Picture]:
-    larger = int(1.1 * size)
-    return ten_crop(_center(image, larger), size)
-
-
 PASSES: dict[str, Callable[[Picture, int], list[Picture]]] = {
-    "center": lambda image, size: [_center(image, size)],
-    "flip": lambda image, size: [flip(_center(image, size))],
+    "center": lambda image, size: [center_square(image, size)],
+    "flip": lambda image, size: [flip(center_square(image, size))],
     # LlamaGen's augmentation: corners and centre of an image a tenth larger, each also flipped.
-    "ten-crop": _ten_crop,
+    "ten-crop": lambda image, size: ten_crop(center_square(image, int(1.1 * size)), size),
 }
 """Each pass stores every image's views as records of their own."""
 
@@ -138,8 +129,9 @@ def _views(source: ImageSource, passes: Sequence[str], size: int, threads: int) 
         image, label = item["image"], int(item["label"])
         return [(name, view, label) for name in passes for view in PASSES[name](image, size)]
 
-    for group in readable(source, views, threads=threads):
-        yield from group
+    with closing(iter(readable(source, views, threads=threads))) as groups:
+        for group in groups:
+            yield from group
 
 
 def _write_records(

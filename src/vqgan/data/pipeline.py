@@ -6,6 +6,7 @@ and with stored codes.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +14,13 @@ import grain
 import numpy as np
 
 from vqgan.data.sources import Item, Source
-from vqgan.data.transforms import center_crop, flip, random_crop, resize_smallest_side
+from vqgan.data.transforms import (
+    center_crop,
+    center_square,
+    flip,
+    random_crop,
+    resize_smallest_side,
+)
 from vqgan.errors import InputError
 
 Batch = dict[str, np.ndarray]
@@ -155,11 +162,12 @@ def eval_batches(
     """
     _check_positive(batch_size=batch_size, threads=threads)
     dataset = readable(source, _center(image_size), limit=limit, threads=threads)
-    for batch in dataset.batch(batch_size):
-        count = len(next(iter(batch.values())))
-        rows = np.where(np.arange(batch_size) < count, np.arange(batch_size), 0)
-        filled = {name: values[rows] for name, values in batch.items()}
-        yield {**filled, "valid": np.arange(batch_size) < count}
+    with closing(iter(dataset.batch(batch_size))) as batches:
+        for batch in batches:
+            count = len(next(iter(batch.values())))
+            valid = np.arange(batch_size) < count
+            rows = np.where(valid, np.arange(batch_size), 0)
+            yield {**{name: values[rows] for name, values in batch.items()}, "valid": valid}
 
 
 def readable(
@@ -175,10 +183,7 @@ def _center(size: int | None) -> Callable[[Item], Item]:
     if size is None:
         return lambda item: item
     _check_positive(image_size=size)
-    return lambda item: {
-        **item,
-        "image": center_crop(resize_smallest_side(item["image"], size), size),
-    }
+    return lambda item: {**item, "image": center_square(item["image"], size)}
 
 
 def _read_options(threads: int, block: int) -> grain.ReadOptions:

@@ -5,9 +5,10 @@ from jaxtyping import UInt8
 from PIL import Image
 
 Picture = UInt8[np.ndarray, "h w c"]
+Square = UInt8[np.ndarray, "{size} {size} c"]
 
 
-def resize_smallest_side(image: Picture, size: int) -> Picture:
+def resize_smallest_side(image: Picture, size: int) -> UInt8[np.ndarray, "h2 w2 c"]:
     """Makes the smaller side `size` pixels and keeps the proportions; antialiased, bicubic.
 
     An image whose smaller side is below `size` is enlarged.
@@ -26,18 +27,23 @@ def resize_smallest_side(image: Picture, size: int) -> Picture:
     return np.stack([np.asarray(channel) for channel in channels], axis=-1)
 
 
-def crop(image: Picture, top: int, left: int, size: int) -> Picture:
+def crop(image: Picture, top: int, left: int, size: int) -> Square:
     """A square of `size` pixels whose upper left corner is at (top, left)."""
     return image[top : top + size, left : left + size]
 
 
-def center_crop(image: Picture, size: int) -> Picture:
+def center_crop(image: Picture, size: int) -> Square:
     """The square of `size` pixels in the middle. The image must be at least that large."""
     height, width = image.shape[:2]
     return crop(image, (height - size) // 2, (width - size) // 2, size)
 
 
-def random_crop(image: Picture, size: int, rng: np.random.Generator) -> Picture:
+def center_square(image: Picture, size: int) -> Square:
+    """The largest square in the middle of an image, resized to `size` pixels."""
+    return center_crop(resize_smallest_side(image, size), size)
+
+
+def random_crop(image: Picture, size: int, rng: np.random.Generator) -> Square:
     """A square of `size` pixels, every place equally likely. The image must be that large."""
     height, width = image.shape[:2]
     top = int(rng.integers(height - size + 1))
@@ -45,7 +51,7 @@ def random_crop(image: Picture, size: int, rng: np.random.Generator) -> Picture:
     return crop(image, top, left, size)
 
 
-def ten_crop(image: Picture, size: int) -> list[Picture]:
+def ten_crop(image: Picture, size: int) -> list[Square]:
     """The four corners and the centre, then the same five flipped."""
     bottom, right = image.shape[0] - size, image.shape[1] - size
     corners = [(0, 0), (0, right), (bottom, 0), (bottom, right)]

@@ -92,7 +92,9 @@ class PriorTraining:
     `model.codebook_size`, `grid` and `num_classes` are taken from the codes that it trains on.
     """
 
-    model: PriorConfig
+    model: PriorConfig = field(
+        default_factory=lambda: PriorConfig(codebook_size=1024, grid=(16, 16))
+    )
     class_conditional: bool = True
     """Whether classes, where the data has them, condition the prior."""
     pkeep: float = 1.0

@@ -16,18 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Key
 
 from vqgan.data.codes import CodeSource, write_codes
-from vqgan.data.pipeline import eval_batches
-from vqgan.data.sources import open_source
-from vqgan.errors import InputError
+from vqgan.data.pipeline import eval_batches, train_batches
+from vqgan.data.sources import Split, open_source
 from vqgan.eval.runner import evaluate_prior
 from vqgan.pictures import grid, to_uint8
 from vqgan.pipeline import Pipeline
 from vqgan.prior.autoregressive import loss as prior_loss
-from vqgan.prior.transformer import Prior
-from vqgan.serialization import to_json
+from vqgan.prior.transformer import Prior, PriorConfig
+from vqgan.serialization import flat_weights, to_json
 from vqgan.tokenizer.model import Tokenizer
 from vqgan.train import loop, sharding
 from vqgan.train.config import PriorTraining
@@ -117,23 +117,43 @@ def train_prior(
     Raises:
       InputError: as `train_tokenizer`; or the tokenizer does not load.
     """
-    out = Path(out)
+    out, run = Path(out), config.run
     tokenizer = Tokenizer.from_pretrained(tokenizer_dir)
     size = tokenizer.config.autoencoder.resolution
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, image_size=size))
-    train, test = (_codes(config, tokenizer, split, out) for split in ("train", "test"))
+    mesh = sharding.make_mesh(fsdp=run.fsdp, tensor=run.tensor)
+    sharding.check_batch(config.data.batch_size, mesh)
+    train, test = (stored_codes(config, tokenizer, split, out) for split in ("train", "test"))
     config = dataclasses.replace(config, model=_fitted(config, train))
-    stage, init = setup(config, optim)
     claim(out, config)
-    mesh = sharding.make_mesh(fsdp=config.run.fsdp, tensor=config.run.tensor)
+    stage, init = setup(config, optim)
     print(f"prior: {describe(jax.eval_shape(init))}", flush=True)
     state = create(init, mesh)
-    key = jax.random.key(config.run.seed)
+    key = jax.random.key(run.seed)
     one_step = compiled(functools.partial(step, stage), state, mesh, key=key)
 
+    def batches(start: int) -> sharding.GlobalBatches:
+        stream = train_batches(
+            train,
+            config.data,
+            seed=run.seed,
+            steps=run.steps,
+            start_step=start,
+            augment=None,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        return sharding.GlobalBatches(stream, mesh)
+
     def averaged(state: PriorState) -> Pipeline:
-        prior = nnx.merge(stage.prior, sharding.on_host(state.ema, mesh))
-        return Pipeline(tokenizer, prior, train.info.class_names if config.model.num_classes else ())
+        """The pipeline with averaged weights, in one piece on this process."""
+        prior = nnx.merge(stage.prior, jax.device_put(sharding.on_host(state.ema, mesh)))
+        names = train.info.class_names if config.model.num_classes else ()
+        return Pipeline(tokenizer, prior, names)
+
+    def evaluate(state: PriorState) -> dict[str, float]:
+        ids = eval_batches(test, None, config.data.batch_size, limit=run.eval_images)
+        return evaluate_prior(averaged(state).prior, ids)
 
     def export(state: PriorState, directory: Path) -> None:
         pipeline = averaged(state)
@@ -143,11 +163,11 @@ def train_prior(
     state = loop.fit(
         state,
         one_step,
-        batches=functools.partial(sharding.global_batches, train, config.data, config.run, mesh),
-        evaluate=lambda s: evaluate_prior(averaged(s).prior, eval_batches(test)),
-        picture=lambda s: _samples(averaged(s), config.run.seed),
+        batches=batches,
+        evaluate=evaluate,
+        picture=lambda state: _samples(averaged(state), run.seed),
         export=export,
-        run=config.run,
+        run=run,
         out=out,
         title="prior",
         images_per_step=config.data.batch_size,
@@ -155,3 +175,68 @@ def train_prior(
         deadline=deadline,
     )
     return averaged(state)
+
+
+def stored_codes(
+    config: PriorTraining, tokenizer: Tokenizer, split: Split, out: Path
+) -> CodeSource:
+    """The codes of one split in `out/codes`, encoded first if they are not there yet.
+
+    Codes of another tokenizer or other passes are made again; held-out images are taken as they
+    are, without flips or crops.
+    """
+    directory = out / "codes" / split
+    passes = config.passes if split == "train" else ("center",)
+    source = open_source(config.data.source, split=split, holdout=config.data.holdout)
+    mark = f"{_fingerprint(tokenizer)} {source.name}"
+    if jax.process_index() == 0 and not _holds(directory, passes, mark):
+        print(f"prior: encoding {len(source)} images ({split}: {', '.join(passes)})", flush=True)
+        write_codes(
+            lambda images: tokenizer.encode(to_float(jnp.asarray(images))),
+            source,
+            directory,
+            image_size=config.data.image_size,
+            codebook_size=tokenizer.codebook_size,
+            passes=passes,
+            batch_size=config.data.batch_size,
+            tokenizer=mark,
+        )
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"codes of {split}")
+    return CodeSource(directory)
+
+
+def _holds(directory: Path, passes: tuple[str, ...], mark: str) -> bool:
+    if not (directory / "codes.json").exists():
+        return False
+    info = CodeSource(directory).info
+    return info.passes == passes and info.tokenizer == mark
+
+
+def _fingerprint(tokenizer: Tokenizer) -> str:
+    """Changes when any weight does."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(flat_weights(tokenizer).items()):
+        digest.update(name.encode() + weight.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _fitted(config: PriorTraining, codes: CodeSource) -> PriorConfig:
+    """The transformer's config with what the codes dictate."""
+    rows, columns = codes.info.grid
+    return dataclasses.replace(
+        config.model,
+        codebook_size=codes.info.codebook_size,
+        grid=(rows, columns),
+        num_classes=len(codes.info.class_names) if config.class_conditional else 0,
+    )
+
+
+def _samples(pipeline: Pipeline, seed: int, columns: int = 8) -> np.ndarray:
+    """A picture of new images, a row for each of the first classes."""
+    rows = min(pipeline.prior.config.num_classes, 8) or 2
+    classes = None
+    if pipeline.prior.config.num_classes:
+        classes = jnp.repeat(jnp.arange(rows), columns)
+    images = pipeline.generate(classes, rng=jax.random.key(seed), batch=rows * columns)
+    return grid(to_uint8(images), columns)

@@ -22,7 +22,8 @@ FSDP_MIN_SIZE = 2**14
 TENSOR_RULES: tuple[tuple[str, int], ...] = (
     (r"attention\.(query|key|value)\.kernel", 1),
     (r"attention\.proj\.kernel", 0),
-    (r"mlp\.(up|gate)\.kernel", 1),
+    (r"mlp\.up\.kernel", 1),
+    (r"mlp\.gate_up\.kernel", 2),
     (r"mlp\.down\.kernel", 0),
 )
 
@@ -88,12 +89,29 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of the batch as its part of global arrays, split over the devices."""
-    sharding = NamedSharding(mesh, BATCH)
-    return {
-        name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
-    }
+class GlobalBatches:
+    """A stream of this process's rows as a stream of global arrays, split over the devices."""
+
+    def __init__(self, stream: Any, mesh: Mesh):
+        self._stream = stream
+        self._sharding = NamedSharding(mesh, BATCH)
+
+    def __next__(self) -> dict[str, jax.Array]:
+        return {
+            name: jax.make_array_from_process_local_data(self._sharding, rows)
+            for name, rows in next(self._stream).items()
+        }
+
+    def close(self) -> None:
+        """Stops the threads that read ahead."""
+        self._stream.close()
+
+
+def check_batch(batch_size: int, mesh: Mesh) -> None:
+    """Raises InputError where a batch does not divide over the devices that split it."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % parts:
+        raise InputError(f"data.batch_size {batch_size} does not divide over {parts} devices")
 
 
 def on_host(tree: Any, mesh: Mesh) -> Any:

@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Float, Key
@@ -32,17 +33,26 @@ from vqgan.adversarial.losses import (
 )
 from vqgan.adversarial.lpips import LPIPS, load_lpips
 from vqgan.adversarial.patchgan import PatchGAN
-from vqgan.data.pipeline import eval_batches, image_augment
+from vqgan.data.pipeline import eval_batches, image_augment, train_batches
 from vqgan.data.sources import ImageSource, open_source
 from vqgan.errors import InputError
 from vqgan.eval.runner import evaluate_tokenizer
 from vqgan.pictures import inputs_over_outputs, to_uint8
+from vqgan.serialization import to_json
 from vqgan.tokenizer.model import Tokenizer
 from vqgan.train import loop, sharding
 from vqgan.train.config import LossConfig, TokenizerTraining
 from vqgan.train.optim import optimizer
 from vqgan.train.run_directory import claim
-from vqgan.train.state import TokenizerState, compiled, copy, create, describe, moving_average, to_float
+from vqgan.train.state import (
+    TokenizerState,
+    compiled,
+    copy,
+    create,
+    describe,
+    moving_average,
+    to_float,
+)
 
 Batch = dict[str, Any]
 Metrics = dict[str, Float[Array, ""]]
@@ -334,32 +344,51 @@ def train_tokenizer(
     Raises:
       InputError: the config contradicts itself or the data, or `out` holds a run of another one.
     """
-    out = Path(out)
+    out, data, run = Path(out), config.data, config.run
     train, test = (
-        open_source(config.data.source, split=split, holdout=config.data.holdout)
-        for split in ("train", "test")
+        open_source(data.source, split=split, holdout=data.holdout) for split in ("train", "test")
     )
     _check(config, train)
-    stage, init = setup(config, optim, disc_optim)
     claim(out, config)
-    mesh = sharding.make_mesh(fsdp=config.run.fsdp, tensor=config.run.tensor)
+    mesh = sharding.make_mesh(fsdp=run.fsdp, tensor=run.tensor)
+    sharding.check_batch(data.batch_size, mesh)
+    stage, init = setup(config, optim, disc_optim)
     print(f"tokenizer: {describe(jax.eval_shape(init))}", flush=True)
     state = create(init, mesh)
-    lpips = load_lpips(config.loss.perceptual) if config.loss.perceptual_weight else None
     one_step = compiled(
         functools.partial(step, stage),
         state,
         mesh,
-        key=jax.random.key(config.run.seed),
-        lpips=lpips,
+        key=jax.random.key(run.seed),
+        lpips=load_lpips(config.loss.perceptual) if config.loss.perceptual_weight else None,
     )
-    held_out = eval_batches(test, config.data.image_size, config.data.batch_size)
     judge = load_lpips("vgg16") if config.model.autoencoder.in_channels in (1, 3) else None
+
+    def batches(start: int) -> sharding.GlobalBatches:
+        stream = train_batches(
+            train,
+            data,
+            seed=run.seed,
+            steps=run.steps,
+            start_step=start,
+            augment=image_augment(data),
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        return sharding.GlobalBatches(stream, mesh)
 
     def averaged(state: TokenizerState) -> Tokenizer:
         """The tokenizer with averaged weights, in one piece on this process."""
-        parts = (state.ema, state.codebook_stats)
-        return nnx.merge(stage.tokenizer, *sharding.on_host(parts, mesh))
+        parts = sharding.on_host((state.ema, state.codebook_stats), mesh)
+        return nnx.merge(stage.tokenizer, *jax.device_put(parts))
+
+    def evaluate(state: TokenizerState) -> dict[str, float]:
+        images = eval_batches(test, data.image_size, data.batch_size, limit=run.eval_images)
+        return evaluate_tokenizer(averaged(state), images, judge)
+
+    def picture(state: TokenizerState) -> np.ndarray:
+        images = next(eval_batches(test, data.image_size, 16, limit=16))["image"]
+        return inputs_over_outputs(images, reconstruct(averaged(state), images))
 
     def export(state: TokenizerState, directory: Path) -> None:
         tokenizer = averaged(state)
@@ -369,20 +398,23 @@ def train_tokenizer(
     state = loop.fit(
         state,
         one_step,
-        batches=functools.partial(global_batches, train, config.data, config.run, mesh),
-        evaluate=lambda s: evaluate_tokenizer(
-            averaged(s), held_out(config.run.eval_images), judge
-        ),
-        picture=lambda s: reconstructions_picture(averaged(s), next(held_out(8))["image"]),
+        batches=batches,
+        evaluate=evaluate,
+        picture=picture,
         export=export,
-        run=config.run,
+        run=run,
         out=out,
         title="tokenizer",
-        images_per_step=config.data.batch_size,
+        images_per_step=data.batch_size,
         meta={"config": to_json(config)},
         deadline=deadline,
     )
     return averaged(state)
+
+
+def reconstruct(tokenizer: Tokenizer, images: np.ndarray) -> np.ndarray:
+    """uint8 images through the tokenizer and back to uint8."""
+    return to_uint8(tokenizer(to_float(jnp.asarray(images))).reconstruction)
 
 
 def _check(config: TokenizerTraining, source: ImageSource) -> None:
