@@ -77,5 +77,3 @@ class Pipeline:
     ) -> Float[Array, "b h w c"]:
         """New images in [-1, 1], not clipped; arguments as `Prior.sample` takes them."""
         return self.tokenizer.decode(self.prior.sample(condition, rng=rng, **sampling))
-
-

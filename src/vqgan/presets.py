@@ -1,7 +1,7 @@
 """Named training configs. `vqgan train-tokenizer NAME` and `vqgan train-prior NAME` start from one.
 
-Every preset's text says what it is for, on which hardware, for how long, and what to expect; what has not
-been run here says so.
+Every preset's text says what it is for, on which hardware, for how long, and what to expect; what
+has not been run here says so.
 """
 
 import dataclasses
@@ -81,8 +81,8 @@ def emoji_prior() -> PriorTraining:
 def small_tokenizer() -> TokenizerTraining:
     """A CPU-sized f8 tokenizer for a folder of your own: 64 pixels, 1024 codes, 8x8 tokens.
 
-    `vqgan train-tokenizer small --data FOLDER --out runs/mine`; about an hour on 2 CPU cores, not run
-    to its end here.
+    `vqgan train-tokenizer small --data FOLDER --out runs/mine`; about an hour on 2 CPU cores, not
+    run to its end here.
     """
     base = emoji_tokenizer()
     return dataclasses.replace(
@@ -121,9 +121,9 @@ def small_prior() -> PriorTraining:
 def taming_f16_tokenizer() -> TokenizerTraining:
     """The paper's ImageNet tokenizer: f16, 1024 codes of 256 dimensions (imagenet_vqgan).
 
-    Batch 12 at 256 pixels on one 40 GB GPU, learning rate 12 x 4.5e-6. Published: reconstruction FID
-    7.94. Differs from it by the commitment weight on the commitment term, and by initialising and
-    reviving codes. Not trained here.
+    Batch 12 at 256 pixels on one 40 GB GPU, learning rate 12 x 4.5e-6. Published: reconstruction
+    FID 7.94. Differs from it by the commitment weight on the commitment term, and by initialising
+    and reviving codes. Not trained here.
     """
     return TokenizerTraining(
         optim=OptimConfig(lr=5.4e-5),

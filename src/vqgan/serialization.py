@@ -1,7 +1,7 @@
 """Configs as JSON and models as directories: `config.json` beside `model.safetensors`.
 
-Reading is strict. An unknown key, a value of another type, a tensor that is missing, left over or of
-another shape is an error, and all of them are reported together.
+Reading is strict. An unknown key, a value of another type, a tensor that is missing, left over or
+of another shape is an error, and all of them are reported together.
 """
 
 import dataclasses
@@ -145,6 +145,8 @@ class Pretrained:
         directory = Path(directory)
         if not directory.is_dir():
             raise InputError(f"{directory}: no such model directory")
+        if (directory / "model" / "model.safetensors").exists():  # a run directory
+            directory = directory / "model"
         path = directory / "config.json"
         if not path.exists():
             raise InputError(f"{directory}: no config.json in it, so it is not a model directory")

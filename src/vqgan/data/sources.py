@@ -171,8 +171,7 @@ class ImageFolder:
         if index in self._broken:
             return None
         try:
-            with Image.open(self.files[index]) as picture:
-                image = to_rgb(ImageOps.exif_transpose(picture))
+            image = read_image(self.files[index])
         except Exception as error:  # decoders of damaged files raise nearly anything
             with self._lock:
                 new = index not in self._broken
@@ -181,6 +180,12 @@ class ImageFolder:
                 log.warning("%s: cannot be read (%s); left out", self.files[index], error)
             return None
         return {"image": image, "label": self._labels[index]}
+
+
+def read_image(path: Path) -> UInt8[np.ndarray, "h w 3"]:
+    """An image file, turned as its EXIF data says. Raises nearly anything where it is damaged."""
+    with Image.open(path) as picture:
+        return to_rgb(ImageOps.exif_transpose(picture))
 
 
 def to_rgb(picture: Image.Image) -> UInt8[np.ndarray, "h w 3"]:

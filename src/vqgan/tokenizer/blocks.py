@@ -1,7 +1,8 @@
 """The building blocks of the convolutional autoencoder: residual, attention, down- and upsampling.
 
-They are those of "Taming Transformers" (Esser, Rombach, Ommer 2021, arXiv:2012.09841), which took them from
-denoising diffusion (Ho et al. 2020), without its time embedding. All maps are `[b, h, w, c]`.
+They are those of "Taming Transformers" (Esser, Rombach, Ommer 2021, arXiv:2012.09841), which took
+them from denoising diffusion (Ho et al. 2020), without its time embedding. All maps are `[b, h,
+w, c]`.
 """
 
 import jax

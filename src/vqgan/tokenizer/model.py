@@ -1,10 +1,11 @@
 """Stage 1: the tokenizer. Images to a grid of code ids and back.
 
-    images -> encoder -> quant_conv -> z -> quantizer -> z_q, ids -> post_quant_conv -> decoder -> images
+    images -> encoder -> quant_conv -> z -> quantizer -> z_q, ids
+    z_q -> post_quant_conv -> decoder -> images
 
-`Tokenizer.encode`, `decode` and the call are compiled once for every shape and also work inside a caller's
-own `jax.jit`. `latents`, `decoder_features` and `last_layer` are the pieces from which the training step
-(vqgan/train/tokenizer.py) is put together.
+`Tokenizer.encode`, `decode` and the call are compiled once for every shape and also work inside a
+caller's own `jax.jit`. `latents` and `decoder_features` are the pieces from which
+the training step (vqgan/train/tokenizer.py) is put together.
 """
 
 from dataclasses import dataclass, field
@@ -112,10 +113,9 @@ class Tokenizer(Pretrained, nnx.Module):
             raise InputError(
                 f"images of {h}x{w} pixels: both sides must be multiples of {self.factor}"
             )
-        if c != self.config.autoencoder.in_channels:
-            raise InputError(
-                f"images of {c} channels: this tokenizer takes {self.config.autoencoder.in_channels}"
-            )
+        channels = self.config.autoencoder.in_channels
+        if c != channels:
+            raise InputError(f"images of {c} channels: this tokenizer takes {channels}")
         z = self.quant_conv(self.encoder(images, fold(key, 0)))
         return z.astype("float32")
 

@@ -1,9 +1,11 @@
 """Sharding is data: a mesh with named axes and rules that give every array its place on it.
 
-Axes: `data` splits batches, `fsdp` splits batches and the storage of parameters and optimiser state,
-`tensor` splits the transformer's matrices. Any of them may have size 1, and the models know of none.
+Axes: `data` splits batches, `fsdp` splits batches and the storage of parameters and optimiser
+state, `tensor` splits the transformer's matrices. Any of them may have size 1, and the models
+know of none.
 """
 
+import os
 import re
 from typing import Any
 
@@ -26,6 +28,20 @@ TENSOR_RULES: tuple[tuple[str, int], ...] = (
     (r"mlp\.gate_up\.kernel", 2),
     (r"mlp\.down\.kernel", 0),
 )
+
+
+def join_processes() -> None:
+    """Makes this process one of many where the environment says so.
+
+    `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` come first, then what JAX
+    detects by itself of SLURM.
+    """
+    if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
+        jax.distributed.initialize(
+            address, int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"])
+        )
+    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        jax.distributed.initialize()
 
 
 def make_mesh(*, fsdp: int = 1, tensor: int = 1) -> Mesh:

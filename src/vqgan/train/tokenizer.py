@@ -1,8 +1,8 @@
 """Stage 1 training: the losses of VQGAN (arXiv:2012.09841, section 3.1) and one step of it.
 
-The autoencoder runs forward once and backward once. The two things that the paper asks of gradients at
-the last layer, their norms for the adaptive weight, and the two players' updates all come from the
-same reconstruction:
+The autoencoder runs forward once and backward once. The two things that the paper asks of
+gradients at the last layer, their norms for the adaptive weight, and the two players' updates all
+come from the same reconstruction:
 
     z, ids, features         = encode, quantise and decode up to the last layer
     reconstruction           = last layer
@@ -266,9 +266,7 @@ def _play(
     )
 
     # The generator's side.
-    generator, fake_wish = jax.value_and_grad(
-        lambda f: generator_loss(loss.adversarial, f)
-    )(fake)
+    generator, fake_wish = jax.value_and_grad(lambda f: generator_loss(loss.adversarial, f))(fake)
     wish = pull_fake(fake_wish)[1]
     weight = jnp.asarray(loss.adversarial_weight)
     if loss.adaptive:
@@ -314,9 +312,7 @@ def _maintain_codebook(
     return params, codebook_stats
 
 
-def _average(
-    ema: nnx.State, updated: nnx.State, maintained: nnx.State, decay: float
-) -> nnx.State:
+def _average(ema: nnx.State, updated: nnx.State, maintained: nnx.State, decay: float) -> nnx.State:
     """Moving average of the weights; what maintenance moved, moves here at once."""
     average = moving_average(ema, updated, decay)
     return jax.tree.map(

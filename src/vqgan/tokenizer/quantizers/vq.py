@@ -1,13 +1,14 @@
 """Vector quantisation with a learned codebook (van den Oord et al. 2017, arXiv:1711.00937).
 
     ids = argmin_k |z - e_k|²        z_q = z + stop_gradient(e_ids - z)
-    loss = |e_ids - stop_gradient(z)|² + beta |stop_gradient(e_ids) - z|²    (means over all entries)
+    loss = |e_ids - stop_gradient(z)|² + beta |stop_gradient(e_ids) - z|²  (means over entries)
 
-Latents `[b, h, w, d]`, codebook `[k, d]`, ids `[b, h, w]`. The search costs one `[bhw, d] x [d, k]`
-product and holds `bhw x k` floats. Its known weakness is that codes which no latent is nearest to get
-no gradient and stay unused. Two remedies are built in: the codebook starts from latents of the first
-batch, and a code that was the nearest for none of the last `revive_after` batches is moved onto a
-latent of the current one (random restarts, as in Jukebox, arXiv:2005.00341).
+Latents `[b, h, w, d]`, codebook `[k, d]`, ids `[b, h, w]`. The search costs one `[bhw, d] x [d,
+k]` product and holds `bhw x k` floats. Its known weakness is that codes which no latent is
+nearest to get no gradient and stay unused. Two remedies are built in: the codebook starts from
+latents of the first batch, and a code that was the nearest for none of the last `revive_after`
+batches is moved onto a latent of the current one (random restarts, as in Jukebox,
+arXiv:2005.00341).
 """
 
 from dataclasses import dataclass

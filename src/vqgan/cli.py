@@ -1,0 +1,258 @@
+"""The command `vqgan`. Thin: every subcommand parses, calls the library, and says what it did.
+
+JAX is imported only once a command needs it, so that help and mistakes are answered at once.
+"""
+
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+from vqgan.errors import InputError
+
+T = TypeVar("T")
+
+_HELP = """usage: vqgan COMMAND [options]       (vqgan COMMAND --help says more)
+
+  demo               both stages on the embedded emoji, then pictures and a report
+  train-tokenizer    stage 1: train an image tokenizer, starting from a preset
+  train-prior        stage 2: train a prior over a tokenizer's codes
+  reconstruct        images through a tokenizer and back
+  sample             new images
+  doctor             devices, versions, memory, and what is missing
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point: exit status 0, 1 for a run that failed, 2 for input that is wrong."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_HELP, end="")
+        return
+    name, *rest = argv
+    if name not in _COMMANDS:
+        _fail(f"no command {name!r}; there are {', '.join(_COMMANDS)}", 2)
+    logging.basicConfig(level=logging.WARNING, format="warning: %(message)s")
+    try:
+        _COMMANDS[name](rest)
+    except InputError as error:
+        _fail(str(error), 2)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{error.strerror or error}; give another place or make room", 2)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"vqgan: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+def _start_jax() -> None:
+    """Joins the other processes, if any, and turns on the cache of compiled programs."""
+    import jax
+
+    from vqgan.train.sharding import join_processes
+
+    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(home / "vqgan" / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    join_processes()
+
+
+def _parse(kind: Callable[..., T], argv: Sequence[str], command: str, **options: Any) -> T:
+    return tyro.cli(kind, args=argv, prog=f"vqgan {command}", **options)
+
+
+def _training(command: str, argv: Sequence[str], presets: dict[str, Callable], extra: type) -> Any:
+    """Parses `PRESET --data --out --steps --seed` and every field of the preset as an option."""
+    names = ", ".join(presets)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"usage: vqgan {command} PRESET --out DIR [options]\n\npresets: {names}")
+        print(f"`vqgan {command} PRESET --help` lists the options with the preset's values.")
+        sys.exit(0)
+    preset, *rest = argv
+    if preset not in presets:
+        raise InputError(f"{command}: no preset {preset!r}; there are {names}")
+    default = presets[preset]()
+    options = _parse(extra, rest, f"{command} {preset}", default=extra(config=default))
+    if options.out is None:
+        raise InputError(f"{command}: where to? Give --out DIR, a directory for the run")
+    config = options.config
+    given = {"source": options.data}
+    data = dataclasses.replace(config.data, **{k: v for k, v in given.items() if v is not None})
+    given = {"steps": options.steps, "seed": options.seed}
+    run = dataclasses.replace(config.run, **{k: v for k, v in given.items() if v is not None})
+    return dataclasses.replace(options, config=dataclasses.replace(config, data=data, run=run))
+
+
+def _run_training(train: Callable[[], Any]) -> None:
+    from vqgan.train.loop import NonFiniteError, Stopped
+
+    try:
+        train()
+    except Stopped as stopped:
+        _fail(str(stopped), stopped.exit_status)
+    except NonFiniteError as error:
+        _fail(f"{error}; the newest checkpoint is from before that. Lower the learning rate.", 1)
+
+
+def _train_tokenizer(argv: Sequence[str]) -> None:
+    from vqgan.presets import TOKENIZERS
+    from vqgan.train.config import TokenizerTraining
+
+    @dataclass(frozen=True)
+    class Options:
+        config: Annotated[TokenizerTraining, tyro.conf.arg(name="")] = field(
+            default_factory=TokenizerTraining
+        )
+        out: Path | None = None
+        """Run directory; the same command goes on with the run that is there."""
+        data: str | None = None
+        """Source of images, for --data.source: "emoji" or a folder."""
+        steps: int | None = None
+        """For --run.steps."""
+        seed: int | None = None
+        """For --run.seed."""
+
+    options = _training("train-tokenizer", argv, TOKENIZERS, Options)
+    _start_jax()
+    from vqgan.train.tokenizer import train_tokenizer
+
+    _run_training(lambda: train_tokenizer(options.config, options.out))
+
+
+def _train_prior(argv: Sequence[str]) -> None:
+    from vqgan.presets import PRIORS
+    from vqgan.train.config import PriorTraining
+
+    @dataclass(frozen=True)
+    class Options:
+        config: Annotated[PriorTraining, tyro.conf.arg(name="")] = field(
+            default_factory=PriorTraining
+        )
+        tokenizer: Path | None = None
+        """Directory of the trained tokenizer."""
+        out: Path | None = None
+        """Run directory; the same command goes on with the run that is there."""
+        data: str | None = None
+        """Source of images, for --data.source: "emoji" or a folder."""
+        steps: int | None = None
+        """For --run.steps."""
+        seed: int | None = None
+        """For --run.seed."""
+
+    options = _training("train-prior", argv, PRIORS, Options)
+    if options.tokenizer is None:
+        raise InputError("train-prior: over which codes? Give --tokenizer DIR")
+    _start_jax()
+    from vqgan.train.prior import train_prior
+
+    _run_training(lambda: train_prior(options.config, options.tokenizer, options.out))
+
+
+def _demo(argv: Sequence[str]) -> None:
+    def options(minutes: float = 8.0, out: Path = Path("runs/demo")) -> tuple[float, Path]:
+        """Both stages on the embedded emoji, then pictures and a report.
+
+        Args:
+            minutes: Scales the lengths of the trainings, which also stop in time.
+            out: Directory for the runs, the models, the pictures and report.json.
+        """
+        return minutes, out
+
+    minutes, out = _parse(options, argv, "demo")
+    if not minutes > 0:
+        raise InputError(f"minutes {minutes}: must be more than 0")
+    _start_jax()
+    from vqgan.demo import demo
+
+    _run_training(lambda: demo(minutes, out))
+
+
+def _reconstruct(argv: Sequence[str]) -> None:
+    def options(model: Path, images: tuple[Path, ...], out: Path, size: int = 0) -> Any:
+        """Images through a tokenizer and back: a PNG file each, of the input beside the output.
+
+        Args:
+            model: Directory of a tokenizer or of a run.
+            images: Files or folders.
+            out: Directory for the pictures.
+            size: Side length to resize and crop to; 0 keeps each image's own size, less what the
+                tokenizer's downsampling does not divide.
+        """
+        return model, images, out, size
+
+    model, images, out, size = _parse(options, argv, "reconstruct")
+    _start_jax()
+    from vqgan.commands import reconstruct
+
+    reconstruct(model, images, out, size=size)
+
+
+def _sample(argv: Sequence[str]) -> None:
+    def options(
+        model: Path,
+        out: Path,
+        classes: Annotated[tuple[str, ...], tyro.conf.arg(name="class")] = (),
+        n: Annotated[int, tyro.conf.arg(aliases=("-n",))] = 8,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance: float = 1.0,
+        seed: int = 0,
+    ) -> Any:
+        """New images: a PNG file each, and all of them in grid.png.
+
+        Args:
+            model: Directory of a pipeline or of a train-prior run.
+            out: Directory for the pictures.
+            classes: Names or numbers of classes, `-n` images each; all classes if left out.
+            n: Images a class, or in all where the prior is unconditional.
+            temperature: Divides the logits; 0 takes the likeliest code.
+            top_k: Draw from the k likeliest codes only.
+            top_p: Draw from the fewest codes that hold this much probability.
+            guidance: Scale of classifier-free guidance; 1 is none.
+            seed: Of the randomness.
+        """
+        sampling = {
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "guidance": guidance,
+        }
+        return model, out, classes, n, seed, sampling
+
+    model, out, classes, n, seed, sampling = _parse(options, argv, "sample")
+    _start_jax()
+    from vqgan.commands import sample
+
+    sample(model, classes, n, out, seed=seed, **sampling)
+
+
+def _doctor(argv: Sequence[str]) -> None:
+    def options() -> None:
+        """Devices, versions, memory, and what is missing."""
+
+    _parse(options, argv, "doctor")
+    from vqgan.commands import doctor
+
+    doctor()
+
+
+_COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "demo": _demo,
+    "train-tokenizer": _train_tokenizer,
+    "train-prior": _train_prior,
+    "reconstruct": _reconstruct,
+    "sample": _sample,
+    "doctor": _doctor,
+}

