@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         _COMMANDS[name](rest)
     except InputError as error:
         _fail(str(error), 2)
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"{where}{error.strerror or error}; give another place or make room", 2)

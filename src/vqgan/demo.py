@@ -62,7 +62,8 @@ def demo(minutes: float, out: Path) -> dict[str, Any]:
     )
     lap("prior")
     pipeline.save_pretrained(out / "model")
-    report = _tokenizer_report(tokenizer, stage1.data.image_size, out)
+    report: dict[str, Any] = {}
+    report |= _tokenizer_report(tokenizer, stage1.data.image_size, out)
     report |= _prior_report(pipeline, out)
     _draw_samples(pipeline, out / "samples.png")
     logs = {stage: read_metrics(out / stage / "metrics.jsonl") for stage in ("tokenizer", "prior")}

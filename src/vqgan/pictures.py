@@ -4,12 +4,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Array
 from PIL import Image
 
 from vqgan import atomic
 
 
-def to_uint8(images: np.ndarray) -> np.ndarray:
+def to_uint8(images: np.ndarray | Array) -> np.ndarray:
     """[-1, 1] to bytes, clipped and rounded."""
     scaled = (np.asarray(images, np.float32) + 1.0) * 127.5
     return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)

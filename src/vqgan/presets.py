@@ -30,6 +30,8 @@ def emoji_tokenizer() -> TokenizerTraining:
                 attention_resolutions=(),
                 resolution=32,
                 z_channels=128,
+                # 32 groups of 32 channels would be instance norm, which forgets an image's colours.
+                norm_groups=8,
             ),
             quantizer=VQConfig(codebook_size=512, dim=32, revive_after=20),
         ),
@@ -95,6 +97,8 @@ def small_tokenizer() -> TokenizerTraining:
                 attention_resolutions=(8,),
                 resolution=64,
                 z_channels=128,
+                # 32 groups of 32 channels would be instance norm, which forgets an image's colours.
+                norm_groups=8,
             ),
             quantizer=VQConfig(codebook_size=1024, dim=32, revive_after=50),
         ),

@@ -154,7 +154,7 @@ class Pretrained:
         found = description.get("model_type") if isinstance(description, dict) else None
         if found != cls.__name__:
             raise InputError(f"{path}: holds a {found or 'model of no type'}, not a {cls.__name__}")
-        config = from_json(cls.config_class, description.get("config"), where=str(path))
+        config: Any = from_json(cls.config_class, description.get("config"), where=str(path))
         weights_path = directory / "model.safetensors"
         try:
             weights = load_file(weights_path)

@@ -65,7 +65,7 @@ def evaluate_prior(prior: Prior, batches: Iterable[Batch]) -> dict[str, float]:
     nats, tokens = 0.0, 0
     for batch in batches:
         ids, valid = batch["ids"], batch["valid"]
-        condition = batch["label"] if prior.config.num_classes else None
-        nats -= float(np.asarray(prior.log_prob(ids, condition))[valid].sum())
+        condition = jnp.asarray(batch["label"]) if prior.config.num_classes else None
+        nats -= float(np.asarray(prior.log_prob(jnp.asarray(ids), condition))[valid].sum())
         tokens += int(valid.sum()) * ids[0].size
     return {"bits_per_token": nats / tokens / float(np.log(2.0))}

@@ -86,8 +86,8 @@ class Upsample(nnx.Module):
         self.conv = conv(channels, channels, 3, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
-        kernel = self.conv.kernel[...]
-        bias = self.conv.bias[...]
+        assert self.conv.bias is not None
+        kernel, bias = self.conv.kernel[...], self.conv.bias[...]
         x, kernel, bias = self.conv.promote_dtype((x, kernel, bias), dtype=self.conv.dtype)
         b, h, w, c = x.shape
         rows = [[self._quarter(x, kernel, row, column) for column in (0, 1)] for row in (0, 1)]

@@ -192,7 +192,7 @@ def stored_codes(
     if jax.process_index() == 0 and not _holds(directory, passes, mark):
         print(f"prior: encoding {len(source)} images ({split}: {', '.join(passes)})", flush=True)
         write_codes(
-            lambda images: tokenizer.encode(to_float(jnp.asarray(images))),
+            lambda images: tokenizer.encode(to_float(images)),
             source,
             directory,
             image_size=config.data.image_size,

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
@@ -67,14 +68,21 @@ def moving_average(ema: nnx.State, params: nnx.State, decay: float) -> nnx.State
     return jax.tree.map(lambda e, p: e * decay + p * (1 - decay), ema, params)
 
 
+def split(module: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """Structure, parameters, and whatever else a module keeps."""
+    graphdef, *states = nnx.split(module, nnx.Param, ...)
+    params, rest = states
+    return graphdef, params, rest
+
+
 def copy(params: nnx.State) -> nnx.State:
     """The same values in buffers of their own, so that both may be donated."""
     return jax.tree.map(jnp.copy, params)
 
 
-def to_float(images: UInt8[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+def to_float(images: UInt8[Array | np.ndarray, "b h w c"]) -> Float[Array, "b h w c"]:
     """Bytes to [-1, 1]."""
-    return images.astype(jnp.float32) / 127.5 - 1.0
+    return jnp.asarray(images, jnp.float32) / 127.5 - 1.0
 
 
 def describe(state: Any) -> str:

@@ -51,6 +51,7 @@ from vqgan.train.state import (
     create,
     describe,
     moving_average,
+    split,
     to_float,
 )
 
@@ -94,8 +95,8 @@ def setup(
 
     def init() -> TokenizerState:
         tokenizer, discriminator = modules()
-        _, params, codebook_stats = nnx.split(tokenizer, nnx.Param, ...)
-        _, disc_params, disc_stats = nnx.split(discriminator, nnx.Param, ...)
+        _, params, codebook_stats = split(tokenizer)
+        _, disc_params, disc_stats = split(discriminator)
         return TokenizerState(
             step=jnp.zeros((), jnp.int32),
             params=params,
@@ -110,9 +111,9 @@ def setup(
     tokenizer, discriminator = nnx.eval_shape(modules)
     stage = Stage1(
         config=config,
-        tokenizer=nnx.split(tokenizer, nnx.Param, ...)[0],
+        tokenizer=split(tokenizer)[0],
         last_layer=nnx.split(tokenizer.decoder.conv_out)[0],
-        discriminator=nnx.split(discriminator, nnx.Param, ...)[0],
+        discriminator=split(discriminator)[0],
         optim=optim,
         disc_optim=disc_optim,
     )
@@ -185,7 +186,7 @@ def _reconstruction_terms(
 ) -> tuple[Float[Array, ""], Metrics]:
     """Pixel and perceptual terms, the paper's negative log-likelihood."""
     pixel = pixel_loss(loss.reconstruction, images, reconstruction)
-    metrics = {loss.reconstruction: pixel}
+    metrics: Metrics = {loss.reconstruction: pixel}
     total = loss.reconstruction_weight * pixel
     if lpips is not None:
         metrics["lpips"] = jnp.mean(lpips(images, reconstruction))
@@ -255,7 +256,7 @@ def _play(
     def judge(params: nnx.State, stats: nnx.State, x: Images) -> tuple[Array, nnx.State]:
         discriminator = nnx.merge(stage.discriminator, params, stats, copy=True)
         logits = discriminator(x, train=True)
-        return logits, nnx.split(discriminator, nnx.Param, ...)[2]
+        return logits, split(discriminator)[2]
 
     params = state.disc_params
     real, pull_real, stats = jax.vjp(
@@ -308,7 +309,7 @@ def _maintain_codebook(
     """Parameters and codebook statistics after the quantizer has looked after its codes."""
     tokenizer = nnx.merge(stage.tokenizer, params, state.codebook_stats, copy=True)
     tokenizer.quantizer.maintain(z, ids, jax.random.fold_in(key, 2))
-    _, params, codebook_stats = nnx.split(tokenizer, nnx.Param, ...)
+    _, params, codebook_stats = split(tokenizer)
     return params, codebook_stats
 
 
@@ -410,7 +411,7 @@ def train_tokenizer(
 
 def reconstruct(tokenizer: Tokenizer, images: np.ndarray) -> np.ndarray:
     """uint8 images through the tokenizer and back to uint8."""
-    return to_uint8(tokenizer(to_float(jnp.asarray(images))).reconstruction)
+    return to_uint8(tokenizer(to_float(images)).reconstruction)
 
 
 def _check(config: TokenizerTraining, source: ImageSource) -> None:
