@@ -8,7 +8,7 @@ import dataclasses
 import json
 import types
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, TypeVar, get_args, get_origin
 
 import cattrs
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from vqgan import atomic
 from vqgan.errors import InputError
 
 T = TypeVar("T")
+P = TypeVar("P", bound="Pretrained")  # not Self, which beartype does not take here
 
 
 def _strict(kind: type):
@@ -135,7 +136,7 @@ class Pretrained:
             save_file(weights, new / "model.safetensors", metadata={"format": "vqgan"})
 
     @classmethod
-    def from_pretrained(cls, directory: Path | str) -> Self:
+    def from_pretrained(cls: type[P], directory: Path | str) -> P:
         """Reads a model that `save_pretrained` wrote.
 
         Raises:

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from vqgan.adversarial.convolution import conv_general_dilated
 from vqgan.adversarial.patchgan import BatchNorm, PatchGAN, PatchGANConfig
 from vqgan.errors import InputError
+from vqgan.nn import conv_general_dilated
 
 
 def _patchgan(num_layers: int = 3, base_channels: int = 4) -> PatchGAN:

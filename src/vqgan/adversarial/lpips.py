@@ -23,8 +23,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from vqgan.adversarial.convolution import conv_general_dilated
 from vqgan.errors import InputError
+from vqgan.nn import conv_general_dilated
 
 Net = Literal["vgg16", "alexnet"]
 Features = list[Float[Array, "b _ _ _"]]

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from vqgan.adversarial.convolution import conv_general_dilated
 from vqgan.errors import InputError
+from vqgan.nn import conv_general_dilated
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

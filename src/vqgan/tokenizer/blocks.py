@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from vqgan.nn import conv, dropout
+from vqgan.nn import conv, conv_general_dilated, dropout
 
 
 def group_norm(channels: int, *, groups: int, dtype: str, rngs: nnx.Rngs) -> nnx.GroupNorm:
@@ -98,7 +98,7 @@ class Upsample(nnx.Module):
     def _quarter(x: Array, kernel: Array, row: int, column: int) -> Array:
         kernel = _fold_taps(_fold_taps(kernel, 0, row), 1, column)
         padding = ((1 - row, row), (1 - column, column))
-        return jax.lax.conv_general_dilated(
+        return conv_general_dilated(
             x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
 
