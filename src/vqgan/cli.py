@@ -162,7 +162,7 @@ def _train_prior(argv: Sequence[str]) -> None:
 
 
 def _demo(argv: Sequence[str]) -> None:
-    def options(minutes: float = 8.0, out: Path = Path("runs/demo")) -> tuple[float, Path]:
+    def options(minutes: float = 9.0, out: Path = Path("runs/demo")) -> tuple[float, Path]:
         """Both stages on the embedded emoji, then pictures and a report.
 
         Args:

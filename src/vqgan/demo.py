@@ -31,8 +31,8 @@ from vqgan.train.prior import train_prior
 from vqgan.train.tokenizer import reconstruct, train_tokenizer
 
 # What the presets' step counts are made for, and how the time is shared out.
-_MINUTES = 8.0
-_TOKENIZER_SHARE = 0.72
+_MINUTES = 9.0
+_TOKENIZER_SHARE = 0.68
 _PRIOR_SHARE = 0.95
 _SAMPLES_A_CLASS = 12
 

@@ -75,7 +75,7 @@ def emoji_prior() -> PriorTraining:
         ema_decay=0.98,
         data=DataConfig(source="emoji", image_size=32, batch_size=32),
         run=RunConfig(
-            steps=500, log_every=25, eval_every=250, image_every=250, save_every=100, keep=1
+            steps=700, log_every=25, eval_every=350, image_every=350, save_every=175, keep=1
         ),
     )
 

@@ -28,7 +28,7 @@ from jax.experimental import multihost_utils
 
 from vqgan.train.checkpoint import Checkpoints
 from vqgan.train.config import RunConfig
-from vqgan.train.metrics import RunLog
+from vqgan.train.metrics import RunLog, read_metrics
 
 S = TypeVar("S")
 Metrics = Mapping[str, Any]
@@ -94,23 +94,26 @@ def fit(
         clock = _Clock(images_per_step)
         unchecked: list[tuple[int, Metrics]] = []
         done = start
+        # A run that a signal stopped has saved its step, and not evaluated it.
+        pending = start > 0 and not _evaluated(out, start)
 
         def save() -> None:
             _check_finite(unchecked)
-            checkpoints.save(done, state, {**meta, "step": done})
+            # In this order: a checkpoint of the last step is the mark of a run that is over.
             export(state, out / "model")
+            checkpoints.save(done, state, {**meta, "step": done})
 
         with log, contextlib.closing(batches(start)) as stream:
             if start:
                 log.line(f"{title} goes on from step {start}")
             while done < run.steps:
-                if done > start:
+                if done > start or pending:
                     with clock.paused():
                         if _due(done, run.eval_every):
                             log.scalars(done, "eval", evaluate(state))
                         if _due(done, run.image_every):
                             log.image(done, "sample", picture(state))
-                        if _due(done, run.save_every):
+                        if _due(done, run.save_every) and done > start:
                             save()
                 state, metrics = step(state, next(stream))
                 done += 1
@@ -129,7 +132,7 @@ def fit(
                     save()
                     checkpoints.wait()
                     raise Stopped(done, caught[0] if caught else signal.SIGTERM)
-            if done > start or not (out / "model").exists():
+            if done > start or pending or not (out / "model").exists():
                 log.scalars(done, "eval", evaluate(state))
                 log.image(done, "sample", picture(state))
                 if checkpoints.latest() != done:
@@ -142,6 +145,12 @@ def fit(
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+def _evaluated(out: Path, step: int) -> bool:
+    """Whether the log has held-out numbers of a step."""
+    lines = read_metrics(out / "metrics.jsonl")
+    return any(line["step"] == step and line["kind"] == "eval" for line in lines)
 
 
 def _check_finite(unchecked: list[tuple[int, Metrics]]) -> dict[str, float]:

@@ -12,6 +12,25 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+_TOKENIZER = """
+--model.autoencoder.base-channels 8 --model.autoencoder.norm-groups 4
+--model.autoencoder.channel-multipliers 1 2 --model.autoencoder.attention-resolutions 8
+--model.autoencoder.resolution 16 --model.autoencoder.z-channels 8
+--model.autoencoder.dropout 0.1
+--model.quantizer.codebook-size 16 --model.quantizer.dim 4 --model.quantizer.revive-after 2
+--discriminator.base-channels 4 --discriminator.num-layers 1
+--loss.perceptual-weight 0 --loss.disc-start 4 --loss.disc-warmup 1
+--optim.schedule constant --optim.warmup-steps 3
+--data.image-size 16 --data.batch-size 4 --data.holdout 0.3 --data.threads 2
+--run.log-every 1 --run.eval-every 5 --run.image-every 0 --run.save-every 2
+"""
+_PRIOR = """
+--model.depth 1 --model.heads 2 --model.width 16 --pkeep 0.9
+--optim.schedule constant --optim.warmup-steps 3
+--data.batch-size 4 --data.holdout 0.3 --data.threads 2
+--run.log-every 1 --run.eval-every 5 --run.image-every 0 --run.save-every 2
+"""
+
 
 def images(folder: Path, count: int = 12, size: int = 20) -> Path:
     """A folder of PNG files in two classes: coloured gradients with a disc."""
@@ -32,16 +51,7 @@ def tokenizer_command(data: Path, out: Path, *more: str) -> list[str]:
     """Stage 1 with everything on that a step can do, perceptual loss excepted."""
     return [
         *("train-tokenizer", "small", "--data", str(data), "--out", str(out)),
-        *"""--model.autoencoder.base-channels 8 --model.autoencoder.norm-groups 4
-        --model.autoencoder.channel-multipliers 1 2 --model.autoencoder.attention-resolutions 8
-        --model.autoencoder.resolution 16 --model.autoencoder.z-channels 8
-        --model.autoencoder.dropout 0.1
-        --model.quantizer.codebook-size 16 --model.quantizer.dim 4 --model.quantizer.revive-after 2
-        --discriminator.base-channels 4 --discriminator.num-layers 1
-        --loss.perceptual-weight 0 --loss.disc-start 4 --loss.disc-warmup 1
-        --optim.schedule constant --optim.warmup-steps 3
-        --data.image-size 16 --data.batch-size 4 --data.holdout 0.3 --data.threads 2
-        --run.log-every 1 --run.eval-every 5 --run.image-every 0 --run.save-every 2""".split(),
+        *_TOKENIZER.split(),
         *more,
     ]
 
@@ -51,10 +61,7 @@ def prior_command(tokenizer: Path, data: Path, out: Path, *more: str) -> list[st
     return [
         *("train-prior", "small", "--tokenizer", str(tokenizer)),
         *("--data", str(data), "--out", str(out)),
-        *"""--model.depth 1 --model.heads 2 --model.width 16 --pkeep 0.9
-        --optim.schedule constant --optim.warmup-steps 3
-        --data.batch-size 4 --data.holdout 0.3 --data.threads 2
-        --run.log-every 1 --run.eval-every 5 --run.image-every 0 --run.save-every 2""".split(),
+        *_PRIOR.split(),
         *more,
     ]
 

@@ -1,0 +1,272 @@
+"""The step of stage 1 against the same thing computed the long way, and what it keeps to."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from vqgan.adversarial.losses import discriminator_loss, generator_loss, pixel_loss
+from vqgan.adversarial.patchgan import PatchGANConfig
+from vqgan.data.pipeline import DataConfig
+from vqgan.tokenizer.autoencoder import AutoencoderConfig
+from vqgan.tokenizer.model import TokenizerConfig
+from vqgan.tokenizer.quantizers import VQConfig
+from vqgan.train.config import LossConfig, OptimConfig, RunConfig, TokenizerTraining
+from vqgan.train.optim import optimizer, schedule
+from vqgan.train.state import to_float
+from vqgan.train.tokenizer import setup, step
+
+KEY = jax.random.key(7)
+CONFIG = TokenizerTraining(
+    model=TokenizerConfig(
+        autoencoder=AutoencoderConfig(
+            base_channels=8,
+            channel_multipliers=(1, 2),
+            num_res_blocks=1,
+            attention_resolutions=(),
+            resolution=16,
+            z_channels=8,
+            norm_groups=4,
+        ),
+        quantizer=VQConfig(codebook_size=16, dim=4, init_from_data=False, revive_after=0),
+    ),
+    discriminator=PatchGANConfig(base_channels=4, num_layers=1),
+    loss=LossConfig(perceptual_weight=0.0, disc_start=0, codebook_weight=0.7),
+    data=DataConfig(image_size=16, batch_size=4),
+    run=RunConfig(steps=100),
+)
+
+
+def batch(seed=0):
+    images = np.random.default_rng(seed).integers(0, 256, (4, 16, 16, 3), np.uint8)
+    return {"image": jnp.asarray(images)}
+
+
+def with_loss(**changes):
+    return dataclasses.replace(CONFIG, loss=dataclasses.replace(CONFIG.loss, **changes))
+
+
+def spread_codes(state):
+    """The state with codes that are apart, as after training, so that several are in use."""
+    codebook = jax.random.normal(KEY, (16, 4)) * 0.3
+    state.params["quantizer"]["codebook"] = nnx.Param(codebook)
+    return state
+
+
+def distance(images, reconstruction):
+    """In place of LPIPS: something that is neither of the pixel losses."""
+    return jnp.abs(images - reconstruction).mean((1, 2, 3)) ** 1.5
+
+
+class Gradients:
+    """The gradients by plain differentiation of each loss as one function of the parameters."""
+
+    def __init__(self, stage, state, images, lpips):
+        self.stage, self.state, self.images, self.lpips = stage, state, images, lpips
+        self.loss = stage.config.loss
+
+    def output(self, params):
+        return nnx.merge(self.stage.tokenizer, params, self.state.codebook_stats)(self.images)
+
+    def nll(self, params):
+        reconstruction = self.output(params).reconstruction
+        pixel = pixel_loss(self.loss.reconstruction, self.images, reconstruction)
+        total = self.loss.reconstruction_weight * pixel
+        if self.lpips is not None:
+            total += self.loss.perceptual_weight * self.lpips(self.images, reconstruction).mean()
+        return total
+
+    def logits(self, disc_params, images):
+        discriminator = nnx.merge(
+            self.stage.discriminator, disc_params, self.state.disc_stats, copy=True
+        )
+        return discriminator(images, train=True)
+
+    def adversarial(self, params):
+        fake = self.logits(self.state.disc_params, self.output(params).reconstruction)
+        return generator_loss(self.loss.adversarial, fake)
+
+    def weight(self):
+        at_last = [
+            jax.grad(f)(self.state.params)["decoder"]["conv_out"]["kernel"][...]
+            for f in (self.nll, self.adversarial)
+        ]
+        nll, gan = map(np.linalg.norm, map(np.ravel, at_last))
+        return self.loss.adversarial_weight * min(nll / (gan + 1e-4), 1e4)
+
+    def autoencoder(self):
+        weight = self.weight()
+
+        def total(params):
+            codebook = sum(self.output(params).losses.values())
+            adversarial = weight * self.adversarial(params)
+            return self.nll(params) + adversarial + self.loss.codebook_weight * codebook
+
+        return jax.value_and_grad(total)(self.state.params)
+
+    def discriminator(self):
+        fake = self.output(self.state.params).reconstruction
+        return jax.value_and_grad(
+            lambda p: discriminator_loss(
+                self.loss.adversarial, self.logits(p, self.images), self.logits(p, fake)
+            )
+        )(self.state.disc_params)
+
+
+def assert_trees_close(found, expected):
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
+    ):
+        scale = np.abs(y).max() + 1e-6
+        np.testing.assert_allclose(x / scale, y / scale, atol=1e-5, err_msg=str(path))
+
+
+@pytest.mark.parametrize("kind", ["hinge", "non_saturating"])
+def test_gradients_of_both_players_equal_the_long_way(kind):
+    # Plain gradient descent of rate 1 makes the step tell its gradients.
+    stage, init = setup(with_loss(adversarial=kind), optax.sgd(1.0), optax.sgd(1.0))
+    state = spread_codes(init())
+    new, metrics = jax.jit(functools.partial(step, stage), static_argnames="lpips")(
+        state, batch(), key=KEY, lpips=distance
+    )
+    long_way = Gradients(stage, state, to_float(batch()["image"]), distance)
+
+    loss, grads = long_way.autoencoder()
+    assert_trees_close(jax.tree.map(jnp.subtract, state.params, new.params), grads)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics["adversarial_weight"], long_way.weight(), rtol=1e-4)
+    np.testing.assert_allclose(metrics["grad_norm"], optax.global_norm(grads), rtol=1e-5)
+
+    disc_loss, grads = long_way.discriminator()
+    assert_trees_close(jax.tree.map(jnp.subtract, state.disc_params, new.disc_params), grads)
+    np.testing.assert_allclose(metrics["disc_loss"], disc_loss, rtol=1e-5)
+    assert 0 < metrics["usage"] <= 1 and metrics["perplexity"] > 1.5
+
+
+@pytest.fixture(scope="module")
+def started():
+    """Five steps across the discriminator's warm-up (from 2) and its start (at 3)."""
+    config = dataclasses.replace(with_loss(disc_start=3, disc_warmup=1), ema_decay=0.5)
+    stage, init = setup(config)
+    jitted = jax.jit(functools.partial(step, stage))
+    states, metrics = [init()], []
+    for _ in range(5):
+        state, values = jitted(states[-1], batch(), key=KEY, lpips=None)
+        states.append(state)
+        metrics.append(jax.device_get(values))
+    return states, metrics, jitted
+
+
+def same(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
+
+
+def test_discriminator_learns_from_its_warm_up_on(started):
+    states, metrics, _ = started
+    frozen = [
+        same(a.disc_params, b.disc_params) and same(a.disc_stats, b.disc_stats)
+        for a, b in zip(states, states[1:], strict=False)
+    ]
+    assert frozen == [True, True, False, False, False]
+    assert [m["disc_loss"] > 0 for m in metrics] == [False, False, True, True, True]
+
+
+def test_generator_sees_the_discriminator_from_disc_start_on(started):
+    _, metrics, _ = started
+    assert [m["adversarial_weight"] > 0 for m in metrics] == [False, False, False, True, True]
+
+
+def test_the_start_of_the_discriminator_does_not_recompile(started):
+    _, metrics, jitted = started
+    assert jitted._cache_size() == 1
+    assert len({frozenset(m) for m in metrics}) == 1
+
+
+def test_averaged_weights(started):
+    states, _, _ = started
+    for old, new in zip(states, states[1:], strict=False):
+        assert new.step == old.step + 1
+        expected = jax.tree.map(lambda e, p: 0.5 * e + 0.5 * p, old.ema, new.params)
+        for x, y in zip(*map(jax.tree.leaves, (new.ema, expected)), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7)
+
+
+def test_codes_that_maintenance_moves_move_in_the_average_too():
+    quantizer = dataclasses.replace(CONFIG.model.quantizer, init_from_data=True)
+    model = dataclasses.replace(CONFIG.model, quantizer=quantizer)
+    stage, init = setup(dataclasses.replace(with_loss(disc_start=-1), model=model))
+    new, _ = jax.jit(functools.partial(step, stage))(init(), batch(), key=KEY, lpips=None)
+    codes, average = (
+        np.asarray(part["quantizer"]["codebook"][...]) for part in (new.params, new.ema)
+    )
+    np.testing.assert_array_equal(codes, average)
+    assert np.abs(codes).max() > 1 / 16  # outside of where they were born
+
+
+def test_overfits_one_batch():
+    config = dataclasses.replace(
+        with_loss(disc_start=-1), optim=OptimConfig(lr=3e-3, betas=(0.9, 0.99))
+    )
+    stage, init = setup(config)
+    jitted = jax.jit(functools.partial(step, stage), donate_argnums=0)
+    smooth = jnp.linspace(0, 255, 16).astype(jnp.uint8)
+    images = jnp.broadcast_to(smooth.reshape(1, 16, 1, 1), (4, 16, 16, 3))
+    state, losses = init(), []
+    for _ in range(30):
+        state, metrics = jitted(state, {"image": images}, key=KEY, lpips=None)
+        losses.append(float(metrics["l1"]))
+    assert losses[-1] < 0.5 * losses[0], losses
+
+
+# The optimiser.
+
+
+def test_accumulated_batches_make_one_update_of_their_mean():
+    many = optimizer(OptimConfig(lr=0.1, accumulate=2), steps=10)
+    one = optimizer(OptimConfig(lr=0.1), steps=5)
+    params = {"kernel": jnp.ones(3)}
+    first, second = {"kernel": jnp.array([1.0, 2.0, 3.0])}, {"kernel": jnp.array([3.0, 0.0, 1.0])}
+    state = many.init(params)
+    updates, state = many.update(first, state, params)
+    assert not updates["kernel"].any()
+    updates, state = many.update(second, state, params)
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, first, second)
+    expected, _ = one.update(mean, one.init(params), params)
+    np.testing.assert_allclose(updates["kernel"], expected["kernel"], rtol=1e-6)
+
+
+def test_clipping_bounds_the_norm_before_adam():
+    params = {"kernel": jnp.zeros(2)}
+    optim = optimizer(OptimConfig(lr=1.0, betas=(0.0, 0.0), eps=1.0, clip_norm=1.0), steps=1)
+    updates, _ = optim.update({"kernel": jnp.array([30.0, 40.0])}, optim.init(params), params)
+    clipped = np.array([0.6, 0.8])
+    np.testing.assert_allclose(updates["kernel"], -clipped / (clipped + 1), rtol=1e-5)
+
+
+def test_weight_decay_is_decoupled_and_on_kernels_only():
+    params = {"kernel": jnp.ones(2), "bias": jnp.ones(2), "codebook": jnp.ones(2)}
+    optim = optimizer(OptimConfig(lr=0.1, weight_decay=0.5), steps=1)
+    nothing = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optim.update(nothing, optim.init(params), params)
+    np.testing.assert_allclose(updates["kernel"], -0.1 * 0.5, rtol=1e-6)
+    assert not updates["bias"].any() and not updates["codebook"].any()
+
+
+def test_schedule_warms_up_and_falls():
+    config = OptimConfig(lr=1.0, warmup_steps=4, schedule="cosine", final_lr=0.1)
+    rates = [float(schedule(config, 20)(i)) for i in range(21)]
+    np.testing.assert_allclose(rates[:5], [0.25, 0.4375, 0.625, 0.8125, 1.0], rtol=1e-6)
+    assert all(a > b for a, b in zip(rates[4:], rates[5:], strict=False))
+    np.testing.assert_allclose(rates[20], 0.1, rtol=1e-6)
+    np.testing.assert_allclose(rates[12], 0.55, rtol=1e-6)
+
+
+def test_schedule_counts_updates_not_batches():
+    config = OptimConfig(lr=1.0, schedule="cosine", accumulate=4)
+    np.testing.assert_allclose(schedule(config, 40)(10), 0.0, atol=1e-7)
+    assert schedule(config, 40)(5) > 0.4
