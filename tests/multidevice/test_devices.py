@@ -35,6 +35,8 @@ from vqgan.train.config import (
 from vqgan.train.metrics import read_metrics
 from vqgan.train.state import compiled, create
 
+pytestmark = pytest.mark.multidevice
+
 OPTIM = OptimConfig(lr=1e-3, eps=1e-3)
 STAGE_1 = TokenizerTraining(
     model=TokenizerConfig(
@@ -158,7 +160,6 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-@pytest.mark.multidevice
 def test_two_processes_train_as_one_does(tmp_path):
     data = tiny.images(tmp_path / "images")
     eps = ("--optim.eps", "1e-3", "--disc-optim.eps", "1e-3")

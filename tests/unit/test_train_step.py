@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 from flax import nnx
 
 from vqgan.adversarial.losses import discriminator_loss, generator_loss, pixel_loss
+from vqgan.adversarial.lpips import LPIPS
 from vqgan.adversarial.patchgan import PatchGANConfig
 from vqgan.data.pipeline import DataConfig
 from vqgan.tokenizer.autoencoder import AutoencoderConfig
@@ -42,6 +44,13 @@ CONFIG = TokenizerTraining(
 )
 
 
+# An optimiser that moves nothing and keeps the gradients as its state.
+GRADIENTS = optax.GradientTransformation(
+    init=lambda params: jax.tree.map(jnp.zeros_like, params),
+    update=lambda grads, state, params=None: (jax.tree.map(jnp.zeros_like, grads), grads),
+)
+
+
 def batch(seed=0):
     images = np.random.default_rng(seed).integers(0, 256, (4, 16, 16, 3), np.uint8)
     return {"image": jnp.asarray(images)}
@@ -58,9 +67,14 @@ def spread_codes(state):
     return state
 
 
-def distance(images, reconstruction):
-    """In place of LPIPS: something that is neither of the pixel losses."""
-    return jnp.abs(images - reconstruction).mean((1, 2, 3)) ** 1.5
+class Distance(LPIPS):
+    """In place of LPIPS: small, and neither of the pixel losses."""
+
+    def __init__(self):
+        pass
+
+    def __call__(self, a, b):
+        return jnp.abs(a - b).mean((1, 2, 3)) ** 1.5
 
 
 class Gradients:
@@ -119,31 +133,32 @@ class Gradients:
 
 
 def assert_trees_close(found, expected):
+    """Equal to 1e-5 of each array's largest entry. Some gradients are 0 but for rounding (keys'
+    biases, which the softmax does not see), so an array is given a hundredth of the largest."""
+    largest = max(np.abs(y).max() for y in jax.tree.leaves(expected))
     for (path, x), y in zip(
         jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
     ):
-        scale = np.abs(y).max() + 1e-6
-        np.testing.assert_allclose(x / scale, y / scale, atol=1e-5, err_msg=str(path))
+        scale = max(np.abs(y).max(), 1e-2 * largest)
+        np.testing.assert_allclose(x / scale, y / scale, rtol=0, atol=1e-5, err_msg=str(path))
 
 
 @pytest.mark.parametrize("kind", ["hinge", "non_saturating"])
 def test_gradients_of_both_players_equal_the_long_way(kind):
-    # Plain gradient descent of rate 1 makes the step tell its gradients.
-    stage, init = setup(with_loss(adversarial=kind), optax.sgd(1.0), optax.sgd(1.0))
+    stage, init = setup(with_loss(adversarial=kind), GRADIENTS, GRADIENTS)
     state = spread_codes(init())
-    new, metrics = jax.jit(functools.partial(step, stage), static_argnames="lpips")(
-        state, batch(), key=KEY, lpips=distance
-    )
-    long_way = Gradients(stage, state, to_float(batch()["image"]), distance)
+    jitted = jax.jit(functools.partial(step, stage, lpips=Distance()))
+    new, metrics = jitted(state, batch(), key=KEY)
+    long_way = Gradients(stage, state, to_float(batch()["image"]), Distance())
 
     loss, grads = long_way.autoencoder()
-    assert_trees_close(jax.tree.map(jnp.subtract, state.params, new.params), grads)
+    assert_trees_close(new.optim, grads)
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
     np.testing.assert_allclose(metrics["adversarial_weight"], long_way.weight(), rtol=1e-4)
-    np.testing.assert_allclose(metrics["grad_norm"], optax.global_norm(grads), rtol=1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-5)
 
     disc_loss, grads = long_way.discriminator()
-    assert_trees_close(jax.tree.map(jnp.subtract, state.disc_params, new.disc_params), grads)
+    assert_trees_close(new.disc_optim, grads)
     np.testing.assert_allclose(metrics["disc_loss"], disc_loss, rtol=1e-5)
     assert 0 < metrics["usage"] <= 1 and metrics["perplexity"] > 1.5
 
@@ -170,7 +185,7 @@ def test_discriminator_learns_from_its_warm_up_on(started):
     states, metrics, _ = started
     frozen = [
         same(a.disc_params, b.disc_params) and same(a.disc_stats, b.disc_stats)
-        for a, b in zip(states, states[1:], strict=False)
+        for a, b in itertools.pairwise(states)
     ]
     assert frozen == [True, True, False, False, False]
     assert [m["disc_loss"] > 0 for m in metrics] == [False, False, True, True, True]
@@ -189,7 +204,7 @@ def test_the_start_of_the_discriminator_does_not_recompile(started):
 
 def test_averaged_weights(started):
     states, _, _ = started
-    for old, new in zip(states, states[1:], strict=False):
+    for old, new in itertools.pairwise(states):
         assert new.step == old.step + 1
         expected = jax.tree.map(lambda e, p: 0.5 * e + 0.5 * p, old.ema, new.params)
         for x, y in zip(*map(jax.tree.leaves, (new.ema, expected)), strict=True):
@@ -261,7 +276,7 @@ def test_schedule_warms_up_and_falls():
     config = OptimConfig(lr=1.0, warmup_steps=4, schedule="cosine", final_lr=0.1)
     rates = [float(schedule(config, 20)(i)) for i in range(21)]
     np.testing.assert_allclose(rates[:5], [0.25, 0.4375, 0.625, 0.8125, 1.0], rtol=1e-6)
-    assert all(a > b for a, b in zip(rates[4:], rates[5:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates[4:]))
     np.testing.assert_allclose(rates[20], 0.1, rtol=1e-6)
     np.testing.assert_allclose(rates[12], 0.55, rtol=1e-6)
 

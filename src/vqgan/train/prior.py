@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Key
 
 from vqgan.data.codes import CodeSource, write_codes
-from vqgan.data.pipeline import eval_batches, train_batches
+from vqgan.data.pipeline import eval_batches
 from vqgan.data.sources import Split, open_source
 from vqgan.eval.runner import evaluate_prior
 from vqgan.pictures import grid, to_uint8
@@ -34,6 +34,7 @@ from vqgan.train.config import PriorTraining
 from vqgan.train.optim import optimizer
 from vqgan.train.run_directory import claim
 from vqgan.train.state import PriorState, compiled, copy, create, describe, moving_average, to_float
+from vqgan.train.stream import global_batches
 
 Batch = dict[str, Any]
 Metrics = dict[str, Float[Array, ""]]
@@ -95,7 +96,7 @@ def step(
         optim=optim,
         ema=moving_average(state.ema, params, stage.config.ema_decay),
     )
-    return new, {"loss": nats, **metrics, "grad_norm": optax.global_norm(grads)}
+    return new, {"loss": nats, **metrics, "grad_norm": optax.tree.norm(grads)}
 
 
 def train_prior(
@@ -132,19 +133,6 @@ def train_prior(
     key = jax.random.key(run.seed)
     one_step = compiled(functools.partial(step, stage), state, mesh, key=key)
 
-    def batches(start: int) -> sharding.GlobalBatches:
-        stream = train_batches(
-            train,
-            config.data,
-            seed=run.seed,
-            steps=run.steps,
-            start_step=start,
-            augment=None,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        return sharding.GlobalBatches(stream, mesh)
-
     def averaged(state: PriorState) -> Pipeline:
         """The pipeline with averaged weights, in one piece on this process."""
         prior = nnx.merge(stage.prior, jax.device_put(sharding.on_host(state.ema, mesh)))
@@ -163,7 +151,7 @@ def train_prior(
     state = loop.fit(
         state,
         one_step,
-        batches=batches,
+        batches=functools.partial(global_batches, train, None, config.data, run, mesh),
         evaluate=evaluate,
         picture=lambda state: _samples(averaged(state), run.seed),
         export=export,

@@ -105,24 +105,6 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-class GlobalBatches:
-    """A stream of this process's rows as a stream of global arrays, split over the devices."""
-
-    def __init__(self, stream: Any, mesh: Mesh):
-        self._stream = stream
-        self._sharding = NamedSharding(mesh, BATCH)
-
-    def __next__(self) -> dict[str, jax.Array]:
-        return {
-            name: jax.make_array_from_process_local_data(self._sharding, rows)
-            for name, rows in next(self._stream).items()
-        }
-
-    def close(self) -> None:
-        """Stops the threads that read ahead."""
-        self._stream.close()
-
-
 def check_batch(batch_size: int, mesh: Mesh) -> None:
     """Raises InputError where a batch does not divide over the devices that split it."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, UInt8
 
 from vqgan.train.sharding import replicated, shardings
 
@@ -22,7 +22,8 @@ S = TypeVar("S")
 class TokenizerState:
     """Stage 1: all that a step changes, so all that a checkpoint holds."""
 
-    step: Int[Array, ""]
+    step: Any
+    """Updates so far, an int32 scalar; its shape or its sharding in trees of those."""
     params: nnx.State
     codebook_stats: nnx.State
     optim: Any
@@ -38,7 +39,7 @@ class TokenizerState:
 class PriorState:
     """Stage 2."""
 
-    step: Int[Array, ""]
+    step: Any
     params: nnx.State
     optim: Any
     ema: nnx.State
@@ -60,7 +61,9 @@ def compiled(
     jitted = jax.jit(
         step, donate_argnums=0, out_shardings=(shardings(state, mesh), replicated(mesh))
     )
-    return functools.partial(jitted, **jax.device_put(fixed, replicated(mesh)))
+    # Not device_put, which would have to reach the devices of other processes.
+    everywhere = jax.jit(lambda arrays: arrays, out_shardings=replicated(mesh))
+    return functools.partial(jitted, **everywhere(fixed))
 
 
 def moving_average(ema: nnx.State, params: nnx.State, decay: float) -> nnx.State:

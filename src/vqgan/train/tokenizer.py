@@ -33,7 +33,7 @@ from vqgan.adversarial.losses import (
 )
 from vqgan.adversarial.lpips import LPIPS, load_lpips
 from vqgan.adversarial.patchgan import PatchGAN
-from vqgan.data.pipeline import eval_batches, image_augment, train_batches
+from vqgan.data.pipeline import eval_batches, image_augment
 from vqgan.data.sources import ImageSource, open_source
 from vqgan.errors import InputError
 from vqgan.eval.runner import evaluate_tokenizer
@@ -54,6 +54,7 @@ from vqgan.train.state import (
     split,
     to_float,
 )
+from vqgan.train.stream import global_batches
 
 Batch = dict[str, Any]
 Metrics = dict[str, Float[Array, ""]]
@@ -163,7 +164,7 @@ def step(
 
     metrics = terms | q.losses | game.metrics | statistics
     metrics["loss"] = nll + loss.codebook_weight * codebook_loss + game.loss
-    metrics["grad_norm"] = optax.global_norm(grads)
+    metrics["grad_norm"] = optax.tree.norm(grads)
     new = TokenizerState(
         step=state.step + 1,
         params=params,
@@ -361,19 +362,6 @@ def train_tokenizer(
     )
     judge = load_lpips("vgg16") if config.model.autoencoder.in_channels in (1, 3) else None
 
-    def batches(start: int) -> sharding.GlobalBatches:
-        stream = train_batches(
-            train,
-            data,
-            seed=run.seed,
-            steps=run.steps,
-            start_step=start,
-            augment=image_augment(data),
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        return sharding.GlobalBatches(stream, mesh)
-
     def averaged(state: TokenizerState) -> Tokenizer:
         """The tokenizer with averaged weights, in one piece on this process."""
         parts = sharding.on_host((state.ema, state.codebook_stats), mesh)
@@ -395,7 +383,7 @@ def train_tokenizer(
     state = loop.fit(
         state,
         one_step,
-        batches=batches,
+        batches=functools.partial(global_batches, train, image_augment(data), data, run, mesh),
         evaluate=evaluate,
         picture=picture,
         export=export,
