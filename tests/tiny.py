@@ -21,13 +21,13 @@ _TOKENIZER = """
 --discriminator.base-channels 4 --discriminator.num-layers 1
 --loss.perceptual-weight 0 --loss.disc-start 4 --loss.disc-warmup 1
 --optim.schedule constant --optim.warmup-steps 3
---data.image-size 16 --data.batch-size 4 --data.holdout 0.3 --data.threads 2
+--data.image-size 16 --data.batch-size 8 --data.holdout 0.3 --data.threads 2
 --run.log-every 1 --run.eval-every 5 --run.image-every 0 --run.save-every 2
 """
 _PRIOR = """
 --model.depth 1 --model.heads 2 --model.width 16 --pkeep 0.9
 --optim.schedule constant --optim.warmup-steps 3
---data.batch-size 4 --data.holdout 0.3 --data.threads 2
+--data.batch-size 8 --data.holdout 0.3 --data.threads 2
 --run.log-every 1 --run.eval-every 5 --run.image-every 0 --run.save-every 2
 """
 

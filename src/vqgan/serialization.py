@@ -13,6 +13,7 @@ from typing import Any, ClassVar, TypeVar, get_args, get_origin
 import cattrs
 import jax.numpy as jnp
 import numpy as np
+from cattrs.v import format_exception
 from flax import nnx
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
@@ -71,8 +72,14 @@ def from_json(cls: type[T], data: Any, *, where: str) -> T:
     try:
         return _converter.structure(data, cls)
     except Exception as error:
-        problems = "; ".join(cattrs.transform_error(error)).replace("$.", "")
+        found = cattrs.transform_error(error, format_exception=_explain)
+        problems = "; ".join(found).replace("$.", "")
         raise InputError(f"{where}: {problems}") from error
+
+
+def _explain(error: BaseException, kind: Any) -> str:
+    """What the hooks above have to say of a value; of all else, what cattrs has."""
+    return str(error) if type(error) is ValueError else format_exception(error, kind)
 
 
 def read_json(path: Path) -> Any:

@@ -36,7 +36,7 @@ def trained(data, tmp_path_factory):
     place = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(jax.config.jax_compilation_cache_dir))
-        more = ("--steps", "2", "--data.batch-size", "8")
+        more = ("--steps", "2")
         main(tiny.tokenizer_command(data, place / "tokenizer", *more))
         main(tiny.prior_command(place / "tokenizer", data, place / "prior", *more))
     return place
@@ -68,14 +68,15 @@ def test_from_a_folder_to_new_images(trained, data, tmp_path, capsys):
     assert pipeline.class_names == ("even", "odd")
 
     folder = data / "even"
-    main(["reconstruct", "--model", str(trained / "tokenizer"), "--images", str(folder)]
-         + ["--out", str(tmp_path / "pairs")])  # fmt: skip
-    assert len(list((tmp_path / "pairs").glob("*.png"))) == len(list(folder.iterdir()))
+    model, pairs = str(trained / "tokenizer"), tmp_path / "pairs"
+    main(["reconstruct", "--model", model, "--images", str(folder), "--out", str(pairs)])
+    assert len(list(pairs.glob("*.png"))) == len(list(folder.iterdir()))
     assert "PSNR" in capsys.readouterr().out
 
     for out in ("a", "b"):
-        main(["sample", "--model", str(trained / "prior"), "--out", str(tmp_path / out)]
-             + ["--class", "odd", "0", "-n", "2", "--seed", "3"])  # fmt: skip
+        what = "--class odd 0 -n 2 --seed 3"
+        places = ("--model", str(trained / "prior"), "--out", str(tmp_path / out))
+        main(["sample", *places, *what.split()])
     names = {path.name for path in (tmp_path / "a").iterdir()}
     assert names == {"odd_0000.png", "odd_0001.png", "even_0000.png", "even_0001.png", "grid.png"}
     for name in names:  # one seed, one picture
@@ -98,6 +99,7 @@ def test_import_is_quick_and_leaves_jax_alone():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 def test_second_process_compiles_nothing_anew(tmp_path):
     """The compiled program of the first process is read by the second."""
     code = (
@@ -147,7 +149,7 @@ def test_folders_without_images(capsys, tmp_path, caplog):
     for i in range(3):
         (broken / f"{i}.png").write_bytes(b"\x89PNG but not really")
     assert "none of its" in refusal(capsys, *tiny.tokenizer_command(broken, out))
-    assert "0.png" in caplog.text  # a warning for each
+    assert "cannot be read" in caplog.text
     assert not out.exists()
 
 
@@ -192,7 +194,7 @@ def test_classes_out_of_range(capsys, trained, tmp_path):
 
 
 def test_run_of_another_config(capsys, trained, data):
-    more = ("--steps", "2", "--data.batch-size", "8", "--optim.lr", "0.5")
+    more = ("--steps", "2", "--optim.lr", "0.5")
     line = refusal(capsys, *tiny.tokenizer_command(data, trained / "tokenizer", *more))
     assert "optim.lr" in line and "disc" not in line
 
@@ -222,7 +224,7 @@ def test_full_disk(capsys, data, trained, tmp_path, monkeypatch):
 
 
 def test_numbers_that_are_not_finite_end_the_run(capsys, data, tmp_path):
-    more = "--steps 6 --data.batch-size 8 --optim.lr inf --optim.warmup-steps 0"
+    more = "--steps 6 --optim.lr inf --optim.warmup-steps 0"
     with pytest.raises(SystemExit) as exit:
         main(tiny.tokenizer_command(data, tmp_path / "out", *more.split()))
     assert exit.value.code == 1
