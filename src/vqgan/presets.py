@@ -37,14 +37,14 @@ def emoji_tokenizer() -> TokenizerTraining:
         ),
         discriminator=PatchGANConfig(base_channels=32, num_layers=2),
         loss=LossConfig(
-            perceptual_weight=0.5, adversarial_weight=0.2, disc_start=700, disc_warmup=100
+            perceptual_weight=0.5, adversarial_weight=0.2, disc_start=550, disc_warmup=100
         ),
         optim=OptimConfig(lr=1e-3, betas=(0.9, 0.99), warmup_steps=30, schedule="cosine"),
         disc_optim=OptimConfig(lr=3e-4, betas=(0.5, 0.9)),
         ema_decay=0.98,
         data=DataConfig(source="emoji", image_size=32, batch_size=16),
         run=RunConfig(
-            steps=900, log_every=25, eval_every=300, image_every=300, save_every=150, keep=1
+            steps=800, log_every=25, eval_every=200, image_every=200, save_every=200, keep=1
         ),
     )
 
