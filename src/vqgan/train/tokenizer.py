@@ -152,7 +152,8 @@ def step(
     (nll, terms), wish = jax.value_and_grad(_reconstruction_terms, has_aux=True)(
         reconstruction, images, loss, lpips
     )
-    game = _play_or_not(stage, state, images, reconstruction, wish, pull_last)
+    play = functools.partial(_play, stage, state, images, reconstruction, wish, pull_last)
+    game = _once_begun(loss, state, reconstruction, play)
 
     # Back through the last layer and everything before it, once.
     last_grads, features_wish = pull_last(wish + game.wish)
@@ -209,16 +210,10 @@ class _Game:
     metrics: Metrics
 
 
-def _play_or_not(
-    stage: Stage1,
-    state: TokenizerState,
-    images: Images,
-    reconstruction: Images,
-    nll_wish: Images,
-    pull_last: Callable,
+def _once_begun(
+    loss: LossConfig, state: TokenizerState, reconstruction: Images, play: Callable[[], _Game]
 ) -> _Game:
-    """The adversarial round, once it has begun. The beginning is traced: nothing recompiles."""
-    loss = stage.config.loss
+    """The adversarial round from its first step on, which is traced: nothing recompiles."""
     names = ["adversarial", "adversarial_weight", "disc_loss", "disc_real", "disc_fake"]
 
     def rest() -> _Game:
@@ -231,9 +226,6 @@ def _play_or_not(
             disc_optim=state.disc_optim,
             metrics=dict.fromkeys(names, zero),
         )
-
-    def play() -> _Game:
-        return _play(stage, state, images, reconstruction, nll_wish, pull_last)
 
     begin = loss.disc_start - loss.disc_warmup
     if loss.disc_start < 0:
