@@ -5,6 +5,7 @@ of another shape is an error, and all of them are reported together.
 """
 
 import dataclasses
+import errno
 import json
 import types
 from pathlib import Path
@@ -140,7 +141,10 @@ class Pretrained:
             description = {"model_type": type(self).__name__, "config": to_json(self.config)}
             (new / "config.json").write_text(json.dumps(description, indent=2) + "\n")
             weights = flat_weights(self)  # type: ignore[arg-type]
-            save_file(weights, new / "model.safetensors", metadata={"format": "vqgan"})
+            try:
+                save_file(weights, new / "model.safetensors", metadata={"format": "vqgan"})
+            except SafetensorError as error:  # of a full disk, above all
+                raise OSError(errno.EIO, str(error), str(directory)) from None
 
     @classmethod
     def from_pretrained(cls: type[P], directory: Path | str) -> P:

@@ -5,7 +5,9 @@ JSON, its config, its data position and its best metric. Batches are a pure func
 step, so the step is the data position. Saving runs in the background.
 """
 
+import errno
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,8 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=True, create=True
         )
-        self._manager = ocp.CheckpointManager(Path(directory).absolute(), options=options)
+        self._directory = Path(directory).absolute()
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -35,7 +38,15 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
-        """Starts saving; `state` may be donated at once."""
+        """Starts saving; `state` may be donated at once.
+
+        Raises:
+          OSError: the disk has no room for it. Orbax would notice too late, in the background.
+        """
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        if shutil.disk_usage(self._directory).free < size:
+            reason = f"no space left for a checkpoint of {size / 2**20:.0f} MiB"
+            raise OSError(errno.ENOSPC, reason, str(self._directory))
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
         self._manager.save(step, args=items)
 
