@@ -61,7 +61,7 @@ class RunConfig:
     image_every: int = 1000
     save_every: int = 1000
     keep: int = 2
-    """Checkpoints kept beside the newest best one."""
+    """How many checkpoints, the newest ones, are kept."""
     eval_images: int = 1000
     """At most so many held-out images an evaluation."""
     fsdp: int = 1
