@@ -16,7 +16,7 @@ from vqgan.data.sources import ImageFolder, read_image
 from vqgan.data.transforms import center_crop, resize_smallest_side
 from vqgan.errors import InputError
 from vqgan.eval.image import psnr
-from vqgan.pictures import grid, save_png, to_uint8
+from vqgan.pictures import grid, save_png, to_float, to_uint8
 from vqgan.pipeline import Pipeline
 from vqgan.tokenizer.model import Tokenizer
 
@@ -31,7 +31,7 @@ def reconstruct(model: Path, images: Sequence[Path], out: Path, *, size: int = 0
     paths = [path for given in images for path in _files(given)]
     pictures = [_fitted(path, tokenizer.factor, size) for path in paths]
     for path, name, picture in zip(paths, _names(paths), pictures, strict=True):
-        x = jnp.asarray(picture[None], jnp.float32) / 127.5 - 1.0
+        x = to_float(picture[None])
         y = jnp.clip(tokenizer(x).reconstruction, -1.0, 1.0)
         pair = np.concatenate([picture[None], to_uint8(y)])
         save_png(grid(pair, 2), out / f"{name}.png")

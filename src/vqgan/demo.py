@@ -50,9 +50,11 @@ def demo(minutes: float, out: Path) -> dict[str, Any]:
     def lap(name: str) -> None:
         seconds[name] = round(time.monotonic() - began - sum(seconds.values()), 1)
 
-    tokenizer = train_tokenizer(
-        stage1, out / "tokenizer", deadline=began + 60 * minutes * _TOKENIZER_SHARE
-    )
+    if (out / "prior" / "config.json").exists():  # stage 2 has begun on this very tokenizer
+        tokenizer = Tokenizer.from_pretrained(out / "tokenizer")
+    else:
+        limit = began + 60 * minutes * _TOKENIZER_SHARE
+        tokenizer = train_tokenizer(stage1, out / "tokenizer", deadline=limit)
     lap("tokenizer")
     pipeline = train_prior(
         stage2,

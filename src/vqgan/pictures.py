@@ -3,11 +3,17 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
 from vqgan import atomic
+
+
+def to_float(images: UInt8[Array | np.ndarray, "b h w c"]) -> Float[Array, "b h w c"]:
+    """Bytes to [-1, 1]."""
+    return jnp.asarray(images, jnp.float32) / 127.5 - 1.0
 
 
 def to_uint8(images: np.ndarray | Array) -> np.ndarray:

@@ -75,7 +75,7 @@ def emoji_prior() -> PriorTraining:
         ema_decay=0.98,
         data=DataConfig(source="emoji", image_size=32, batch_size=32),
         run=RunConfig(
-            steps=700, log_every=25, eval_every=350, image_every=350, save_every=175, keep=1
+            steps=450, log_every=25, eval_every=150, image_every=150, save_every=150, keep=1
         ),
     )
 

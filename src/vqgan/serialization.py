@@ -126,21 +126,24 @@ def with_weights(abstract: T, weights: dict[str, np.ndarray], *, where: str) -> 
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
 
-class Pretrained:
-    """Mix-in for models that live in a directory: `config.json` and `model.safetensors`.
+class Pretrained(nnx.Module):
+    """A model that lives in a directory, as `config.json` and `model.safetensors`.
 
-    The class is built as `cls(config, rngs=...)`, keeps its `config`, and names its `config_class`.
+    Subclasses name their `config_class` and keep the `config` that they are built from.
     """
 
     config_class: ClassVar[type]
     config: Any
+
+    def __init__(self, config: Any, *, rngs: nnx.Rngs):
+        self.config = config
 
     def save_pretrained(self, directory: Path | str) -> None:
         """Writes the model; a directory of that name is replaced once the new one is complete."""
         with atomic.new_directory(directory) as new:
             description = {"model_type": type(self).__name__, "config": to_json(self.config)}
             (new / "config.json").write_text(json.dumps(description, indent=2) + "\n")
-            weights = flat_weights(self)  # type: ignore[arg-type]
+            weights = flat_weights(self)
             try:
                 save_file(weights, new / "model.safetensors", metadata={"format": "vqgan"})
             except SafetensorError as error:  # of a full disk, above all
@@ -172,7 +175,7 @@ class Pretrained:
             weights = load_file(weights_path)
         except (FileNotFoundError, SafetensorError) as error:
             raise InputError(f"{weights_path}: cannot be read ({error})") from None
-        abstract = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0)))  # type: ignore[call-arg]
+        abstract = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0)))
         return with_weights(abstract, weights, where=str(weights_path))
 
 

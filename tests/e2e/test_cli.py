@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -197,6 +198,19 @@ def test_run_of_another_config(capsys, trained, data):
     more = ("--steps", "2", "--optim.lr", "0.5")
     line = refusal(capsys, *tiny.tokenizer_command(data, trained / "tokenizer", *more))
     assert "optim.lr" in line and "disc" not in line
+
+
+def test_prior_over_another_tokenizer(capsys, trained, data, tmp_path):
+    other = tmp_path / "tokenizer"
+    weights = other / "model.safetensors"
+    shutil.copytree(trained / "tokenizer" / "model", other)
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    codes = trained / "prior" / "codes"
+    before = {path: path.read_bytes() for path in codes.rglob("*") if path.is_file()}
+    command = tiny.prior_command(other, data, trained / "prior", "--steps", "2")
+    line = refusal(capsys, *command, "--data.batch-size", "8")
+    assert "tokenizer" in line
+    assert before and all(path.read_bytes() == content for path, content in before.items())
 
 
 def test_output_below_a_file(capsys, data, trained, tmp_path):

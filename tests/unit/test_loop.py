@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vqgan.train.checkpoint import Checkpoints
 from vqgan.train.config import RunConfig
 from vqgan.train.loop import NonFiniteError, Stopped, fit
 from vqgan.train.metrics import read_metrics
@@ -51,7 +52,7 @@ class Run:
 
     def evaluate(self, state):
         self.events.append(f"eval {int(state['count'])}")
-        return {"score": float(state["count"])}
+        return {"score": abs(float(state["count"]) - 3)}  # best after step 3
 
     def picture(self, state):
         self.events.append(f"picture {int(state['count'])}")
@@ -74,6 +75,7 @@ class Run:
             title="test",
             images_per_step=1,
             meta={"config": {}},
+            best_of="score",
             **more,
         )
 
@@ -106,6 +108,19 @@ def test_a_run_goes_on_from_its_checkpoint(tmp_path):
     assert run.events[:3] == ["open 2", "batch 2", "step 2"]
     assert logged(tmp_path, "train") == [1, 2, 3, 4]
     assert all(line.get("loss") != 9.0 for line in read_metrics(tmp_path / "metrics.jsonl"))
+
+
+def test_checkpoints_carry_the_best_number(tmp_path):
+    def newest():
+        with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+            return checkpoints.meta(checkpoints.latest())
+
+    Run(tmp_path, steps=2, eval_every=1).fit()
+    assert newest() == {"config": {}, "step": 2, "best": {"score": 1.0, "step": 2}}
+    Run(tmp_path, steps=4, eval_every=1).fit()
+    assert newest()["best"] == {"score": 0.0, "step": 3}
+    Run(tmp_path, steps=6, eval_every=1).fit()  # remembers what it has not seen itself
+    assert newest() == {"config": {}, "step": 6, "best": {"score": 0.0, "step": 3}}
 
 
 def test_a_run_that_is_over_does_nothing(tmp_path):

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, UInt8
 
 from vqgan.adversarial.lpips import LPIPS
 from vqgan.eval.image import codebook_usage, perplexity, psnr, ssim
+from vqgan.pictures import to_float
 from vqgan.prior.transformer import Prior
 from vqgan.tokenizer.model import Tokenizer
 
@@ -47,7 +48,7 @@ def evaluate_tokenizer(
 def _reconstruct(
     tokenizer: Tokenizer, images: UInt8[Array, "b h w c"], lpips: LPIPS | None
 ) -> tuple[dict[str, Float[Array, "b"]], Any]:
-    x = images.astype(jnp.float32) / 127.5 - 1.0
+    x = to_float(images)
     out = tokenizer(x)
     y = jnp.clip(out.reconstruction, -1.0, 1.0)
     values = {"psnr": psnr(x, y), "ssim": ssim(x, y), "l1": jnp.mean(jnp.abs(x - y), (1, 2, 3))}

@@ -233,7 +233,7 @@ class Block(nnx.Module):
         return x + self.mlp(self.norm2(x)), cache
 
 
-class Prior(Pretrained, nnx.Module):
+class Prior(Pretrained):
     """A distribution over grids of codes, given a class or nothing.
 
     A condition is an int32 class an image, in [0, num_classes), or None. `__call__`, `log_prob` and
@@ -245,7 +245,7 @@ class Prior(Pretrained, nnx.Module):
 
     def __init__(self, config: PriorConfig, *, rngs: nnx.Rngs):
         config.check()
-        self.config = config
+        super().__init__(config, rngs=rngs)
         embed = partial(nnx.Embed, features=config.width, embedding_init=_init, rngs=rngs)
         dtype = jnp.dtype(config.dtype)
         self.condition = embed(config.num_classes + 1, dtype=dtype)

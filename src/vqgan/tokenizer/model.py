@@ -45,7 +45,7 @@ class TokenizerOutput:
     """The quantizer's loss terms by name."""
 
 
-class Tokenizer(Pretrained, nnx.Module):
+class Tokenizer(Pretrained):
     """VQGAN's first stage (arXiv:2012.09841).
 
     Images are float32 `[b, h, w, c]` in [-1, 1], of any size that `factor` divides.
@@ -55,7 +55,7 @@ class Tokenizer(Pretrained, nnx.Module):
 
     def __init__(self, config: TokenizerConfig, *, rngs: nnx.Rngs):
         config.autoencoder.check()
-        self.config = config
+        super().__init__(config, rngs=rngs)
         z, d, dtype = (
             config.autoencoder.z_channels,
             config.quantizer.dim,

@@ -1,8 +1,8 @@
 """Checkpoints: the only file that knows Orbax.
 
 A checkpoint is the whole state of a run (models, optimisers, averages, statistics, step) and, as
-JSON, its config. Batches are a pure function of seed and step, so the step is the data position.
-Saving runs in the background.
+JSON, its config and its best held-out number. Batches are a pure function of seed and step, so the
+step is the data position. Saving runs in the background.
 """
 
 import errno

@@ -89,7 +89,7 @@ class TokenizerTraining:
 class PriorTraining:
     """Everything that determines a run of stage 2.
 
-    `model.codebook_size`, `grid` and `num_classes` are taken from the codes that it trains on.
+    `model.codebook_size`, `grid` and `num_classes` are taken from the tokenizer and the data.
     """
 
     model: PriorConfig = field(

@@ -69,6 +69,7 @@ def fit(
     title: str,
     images_per_step: int,
     meta: dict[str, Any],
+    best_of: str,
     deadline: float | None = None,
 ) -> S:
     """Runs `step` from the newest checkpoint in `out` (or from `state`) to `run.steps`.
@@ -79,6 +80,8 @@ def fit(
       picture: a uint8 `[h, w, c]` picture of what a state does.
       export: writes a state's model into a directory.
       meta: JSON that every checkpoint carries, the config above all.
+      best_of: the held-out number, better where it is lower, whose best value and step every
+        checkpoint carries too.
       deadline: `time.monotonic()` at which to stop early, as if `run.steps` had been reached.
 
     Raises:
@@ -88,8 +91,10 @@ def fit(
     first_process = jax.process_index() == 0
     with Checkpoints(out / "checkpoints", keep=run.keep) as checkpoints, _signals() as caught:
         start = checkpoints.latest() or 0
+        best: dict[str, float] = {}
         if start:
             state = checkpoints.restore(start, state)
+            best = checkpoints.meta(start)["best"]
         log = RunLog(out, start=start, steps=run.steps, title=title, active=first_process)
         clock = _Clock(images_per_step)
         unchecked: list[tuple[int, Metrics]] = []
@@ -97,20 +102,27 @@ def fit(
         # A run that a signal stopped has saved its step, and not evaluated it.
         pending = start > 0 and not _evaluated(out, start)
 
+        def judge() -> None:
+            values = evaluate(state)
+            log.scalars(done, "eval", values)
+            if values[best_of] < best.get(best_of, math.inf):
+                best.update({best_of: values[best_of], "step": done})
+
         def save() -> None:
             _check_finite(unchecked)
             # In this order: a checkpoint of the last step is the mark of a run that is over.
             export(state, out / "model")
-            checkpoints.save(done, state, {**meta, "step": done})
+            checkpoints.save(done, state, {**meta, "step": done, "best": best})
 
         with log, contextlib.closing(batches(start)) as stream:
             if start:
-                log.line(f"{title} goes on from step {start}")
+                over = start >= run.steps
+                log.line(f"{title} {'is complete at' if over else 'goes on from'} step {start}")
             while done < run.steps:
                 if done > start or pending:
                     with clock.paused():
                         if _due(done, run.eval_every):
-                            log.scalars(done, "eval", evaluate(state))
+                            judge()
                         if _due(done, run.image_every):
                             log.image(done, "sample", picture(state))
                         if _due(done, run.save_every) and done > start:
@@ -133,7 +145,7 @@ def fit(
                     checkpoints.wait()
                     raise Stopped(done, caught[0] if caught else signal.SIGTERM)
             if done > start or pending or not (out / "model").exists():
-                log.scalars(done, "eval", evaluate(state))
+                judge()
                 log.image(done, "sample", picture(state))
                 if checkpoints.latest() != done:
                     save()

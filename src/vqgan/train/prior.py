@@ -21,9 +21,9 @@ from jaxtyping import Array, Float, Key
 
 from vqgan.data.codes import CodeSource, write_codes
 from vqgan.data.pipeline import eval_batches
-from vqgan.data.sources import Split, open_source
+from vqgan.data.sources import ImageSource, open_source
 from vqgan.eval.runner import evaluate_prior
-from vqgan.pictures import grid, to_uint8
+from vqgan.pictures import grid, to_float, to_uint8
 from vqgan.pipeline import Pipeline
 from vqgan.prior.autoregressive import loss as prior_loss
 from vqgan.prior.transformer import Prior, PriorConfig
@@ -33,7 +33,7 @@ from vqgan.train import loop, sharding
 from vqgan.train.config import PriorTraining
 from vqgan.train.optim import optimizer
 from vqgan.train.run_directory import claim
-from vqgan.train.state import PriorState, compiled, copy, create, describe, moving_average, to_float
+from vqgan.train.state import PriorState, compiled, copy, create, describe, moving_average
 from vqgan.train.stream import global_batches
 
 Batch = dict[str, Any]
@@ -122,11 +122,21 @@ def train_prior(
     tokenizer = Tokenizer.from_pretrained(tokenizer_dir)
     size = tokenizer.config.autoencoder.resolution
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, image_size=size))
+    sources = [
+        open_source(config.data.source, split=split, holdout=config.data.holdout)
+        for split in ("train", "test")
+    ]
+    config = dataclasses.replace(config, model=_fitted(config, tokenizer, sources[0]))
     mesh = sharding.make_mesh(fsdp=run.fsdp, tensor=run.tensor)
     sharding.check_batch(config.data.batch_size, mesh)
-    train, test = (stored_codes(config, tokenizer, split, out) for split in ("train", "test"))
-    config = dataclasses.replace(config, model=_fitted(config, train))
-    claim(out, config)
+    mark = _fingerprint(tokenizer)
+    claim(out, config, tokenizer=mark)
+    train, test = (
+        stored_codes(config, tokenizer, mark, source, out / "codes" / split, passes)
+        for split, source, passes in zip(
+            ("train", "test"), sources, (config.passes, ("center",)), strict=True
+        )
+    )
     stage, init = setup(config, optim)
     print(f"prior: {describe(jax.eval_shape(init))}", flush=True)
     state = create(init, mesh)
@@ -160,25 +170,23 @@ def train_prior(
         title="prior",
         images_per_step=config.data.batch_size,
         meta={"config": to_json(config)},
+        best_of="bits_per_token",
         deadline=deadline,
     )
     return averaged(state)
 
 
 def stored_codes(
-    config: PriorTraining, tokenizer: Tokenizer, split: Split, out: Path
+    config: PriorTraining,
+    tokenizer: Tokenizer,
+    mark: str,
+    source: ImageSource,
+    directory: Path,
+    passes: tuple[str, ...],
 ) -> CodeSource:
-    """The codes of one split in `out/codes`, encoded first if they are not there yet.
-
-    Codes of another tokenizer or other passes are made again; held-out images are taken as they
-    are, without flips or crops.
-    """
-    directory = out / "codes" / split
-    passes = config.passes if split == "train" else ("center",)
-    source = open_source(config.data.source, split=split, holdout=config.data.holdout)
-    mark = f"{_fingerprint(tokenizer)} {source.name}"
-    if jax.process_index() == 0 and not _holds(directory, passes, mark):
-        print(f"prior: encoding {len(source)} images ({split}: {', '.join(passes)})", flush=True)
+    """The codes of a source in `directory`, encoded first if they are not there yet."""
+    if jax.process_index() == 0 and not (directory / "codes.json").exists():
+        print(f"prior: encoding {len(source)} images ({', '.join(passes)})", flush=True)
         write_codes(
             lambda images: tokenizer.encode(to_float(images)),
             source,
@@ -190,15 +198,8 @@ def stored_codes(
             tokenizer=mark,
         )
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"codes of {split}")
+        multihost_utils.sync_global_devices(f"codes in {directory}")
     return CodeSource(directory)
-
-
-def _holds(directory: Path, passes: tuple[str, ...], mark: str) -> bool:
-    if not (directory / "codes.json").exists():
-        return False
-    info = CodeSource(directory).info
-    return info.passes == passes and info.tokenizer == mark
 
 
 def _fingerprint(tokenizer: Tokenizer) -> str:
@@ -209,14 +210,14 @@ def _fingerprint(tokenizer: Tokenizer) -> str:
     return digest.hexdigest()[:16]
 
 
-def _fitted(config: PriorTraining, codes: CodeSource) -> PriorConfig:
-    """The transformer's config with what the codes dictate."""
-    rows, columns = codes.info.grid
+def _fitted(config: PriorTraining, tokenizer: Tokenizer, source: ImageSource) -> PriorConfig:
+    """The transformer's config with what the tokenizer and the data dictate."""
+    side = config.data.image_size // tokenizer.factor
     return dataclasses.replace(
         config.model,
-        codebook_size=codes.info.codebook_size,
-        grid=(rows, columns),
-        num_classes=len(codes.info.class_names) if config.class_conditional else 0,
+        codebook_size=tokenizer.codebook_size,
+        grid=(side, side),
+        num_classes=len(source.class_names) if config.class_conditional else 0,
     )
 
 

@@ -14,27 +14,32 @@ from vqgan.serialization import differing_fields, from_json, read_json, to_json
 _CADENCE = ("log_every", "eval_every", "image_every", "save_every", "keep", "eval_images")
 
 
-def claim(out: Path, config: Any) -> None:
+def claim(out: Path, config: Any, **inputs: str) -> None:
     """Writes `config.json` into a new run directory, or checks it against the one that is there.
+
+    Args:
+      inputs: marks of whatever else the run is made from, by name; they may not change either.
 
     Raises:
       InputError: naming the fields in which the directory's run has another config.
     """
     path = out / "config.json"
     if path.exists():
-        before = from_json(type(config), read_json(path).get("config"), where=str(path))
+        found = read_json(path)
+        before = from_json(type(config), found.get("config"), where=str(path))
         changed = [
             name
             for name in differing_fields(before, config)
             if name.removeprefix("run.") not in _CADENCE and not _longer(name, config)
         ]
+        changed += [name for name, mark in inputs.items() if found.get(name) != mark]
         if changed:
             raise InputError(
                 f"{out}: holds a run with another {', '.join(changed)}; "
                 "give it the same options or choose another --out"
             )
     if jax.process_index() == 0:
-        data = {"training": type(config).__name__, "config": to_json(config)}
+        data = {"training": type(config).__name__, "config": to_json(config), **inputs}
         atomic.write_json(data, path)
 
 

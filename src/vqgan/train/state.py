@@ -7,10 +7,8 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, UInt8
 
 from vqgan.train.sharding import replicated, shardings
 
@@ -81,11 +79,6 @@ def split(module: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
 def copy(params: nnx.State) -> nnx.State:
     """The same values in buffers of their own, so that both may be donated."""
     return jax.tree.map(jnp.copy, params)
-
-
-def to_float(images: UInt8[Array | np.ndarray, "b h w c"]) -> Float[Array, "b h w c"]:
-    """Bytes to [-1, 1]."""
-    return jnp.asarray(images, jnp.float32) / 127.5 - 1.0
 
 
 def describe(state: Any) -> str:

@@ -37,7 +37,7 @@ from vqgan.data.pipeline import eval_batches, image_augment
 from vqgan.data.sources import ImageSource, open_source
 from vqgan.errors import InputError
 from vqgan.eval.runner import evaluate_tokenizer
-from vqgan.pictures import inputs_over_outputs, to_uint8
+from vqgan.pictures import inputs_over_outputs, to_float, to_uint8
 from vqgan.serialization import to_json
 from vqgan.tokenizer.model import Tokenizer
 from vqgan.train import loop, sharding
@@ -52,7 +52,6 @@ from vqgan.train.state import (
     describe,
     moving_average,
     split,
-    to_float,
 )
 from vqgan.train.stream import global_batches
 
@@ -71,11 +70,6 @@ class Stage1:
     discriminator: nnx.GraphDef
     optim: optax.GradientTransformation
     disc_optim: optax.GradientTransformation
-
-    def build(self, state: TokenizerState, *, average: bool = False) -> Tokenizer:
-        """The tokenizer of a state, with its last or its averaged weights."""
-        params = state.ema if average else state.params
-        return nnx.merge(self.tokenizer, params, state.codebook_stats)
 
 
 def setup(
@@ -384,6 +378,7 @@ def train_tokenizer(
         title="tokenizer",
         images_per_step=data.batch_size,
         meta={"config": to_json(config)},
+        best_of="l1",
         deadline=deadline,
     )
     return averaged(state)

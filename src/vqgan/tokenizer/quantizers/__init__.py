@@ -3,6 +3,8 @@
 A new one is a file, a member of `QuantizerConfig` and a line in `_classes`.
 """
 
+from collections.abc import Callable
+
 from flax import nnx
 
 from vqgan.tokenizer.quantizers.base import CodebookStat, Quantizer, QuantizerOutput
@@ -10,12 +12,12 @@ from vqgan.tokenizer.quantizers.vq import VectorQuantizer, VQConfig
 
 QuantizerConfig = VQConfig
 
-_classes: dict[type, type[Quantizer]] = {VQConfig: VectorQuantizer}
+_classes: dict[type, Callable[..., Quantizer]] = {VQConfig: VectorQuantizer}
 
 
 def make_quantizer(config: QuantizerConfig, *, rngs: nnx.Rngs) -> Quantizer:
     """Builds the quantizer that the config describes."""
-    return _classes[type(config)](config, rngs=rngs)  # type: ignore[call-arg]
+    return _classes[type(config)](config, rngs=rngs)
 
 
 __all__ = [
