@@ -15,12 +15,12 @@ from vqgan.adversarial.losses import discriminator_loss, generator_loss, pixel_l
 from vqgan.adversarial.lpips import LPIPS
 from vqgan.adversarial.patchgan import PatchGANConfig
 from vqgan.data.pipeline import DataConfig
+from vqgan.pictures import to_float
 from vqgan.tokenizer.autoencoder import AutoencoderConfig
 from vqgan.tokenizer.model import TokenizerConfig
 from vqgan.tokenizer.quantizers import VQConfig
 from vqgan.train.config import LossConfig, OptimConfig, RunConfig, TokenizerTraining
 from vqgan.train.optim import optimizer, schedule
-from vqgan.train.state import to_float
 from vqgan.train.tokenizer import setup, step
 
 KEY = jax.random.key(7)
