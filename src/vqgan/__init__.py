@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vqgan.errors import InputError
     from vqgan.pipeline import Pipeline
+    from vqgan.prior.conditions import CodePrefix
     from vqgan.prior.transformer import Prior, PriorConfig
     from vqgan.tokenizer.autoencoder import AutoencoderConfig
     from vqgan.tokenizer.model import Tokenizer, TokenizerConfig, TokenizerOutput
-    from vqgan.tokenizer.quantizers import VQConfig
+    from vqgan.tokenizer.quantizers import GumbelConfig, IBQConfig, LFQConfig, VQConfig
     from vqgan.train.prior import train_prior
     from vqgan.train.tokenizer import train_tokenizer
 
@@ -20,7 +21,11 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AutoencoderConfig": "vqgan.tokenizer.autoencoder",
+    "CodePrefix": "vqgan.prior.conditions",
+    "GumbelConfig": "vqgan.tokenizer.quantizers",
+    "IBQConfig": "vqgan.tokenizer.quantizers",
     "InputError": "vqgan.errors",
+    "LFQConfig": "vqgan.tokenizer.quantizers",
     "Pipeline": "vqgan.pipeline",
     "Prior": "vqgan.prior.transformer",
     "PriorConfig": "vqgan.prior.transformer",
@@ -34,7 +39,11 @@ _HOMES = {
 
 __all__ = [
     "AutoencoderConfig",
+    "CodePrefix",
+    "GumbelConfig",
+    "IBQConfig",
     "InputError",
+    "LFQConfig",
     "Pipeline",
     "Prior",
     "PriorConfig",

@@ -4,6 +4,9 @@ A new quantizer joins the first part by a line in CONFIGS.
 """
 
 import dataclasses
+import functools
+import itertools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -12,36 +15,94 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import logsumexp, softmax, xlogy
 
-from vqgan.tokenizer.quantizers import VQConfig, make_quantizer
+from vqgan.cli import main
+from vqgan.errors import InputError
+from vqgan.serialization import flat_weights, from_json, to_json, with_weights
+from vqgan.tokenizer.model import TokenizerConfig
+from vqgan.tokenizer.quantizers import (
+    GumbelConfig,
+    IBQConfig,
+    LFQConfig,
+    VQConfig,
+    make_quantizer,
+)
 
 SMALL = VQConfig(codebook_size=12, dim=3)
+FIXED = dataclasses.replace(SMALL, init_from_data=False, revive_after=0)
+GUMBEL = GumbelConfig(codebook_size=12, dim=3, kl_weight=0.3, temperature_steps=10)
+IBQ = IBQConfig(codebook_size=12, dim=3, entropy_temperature=0.5)
+LFQ = LFQConfig(dim=3, entropy_temperature=0.5, entropy_group_bits=2)
+USED = (7, 2, 9, 4, 0)
 CONFIGS = {
     "vq": SMALL,
-    "vq-swapped": dataclasses.replace(SMALL, beta_on="codebook"),
-    "vq-plain": dataclasses.replace(SMALL, init_from_data=False, revive_after=0),
     "vq-one-code": VQConfig(codebook_size=1, dim=3),
+    "vq-normalize": dataclasses.replace(SMALL, normalize=True),
+    "vq-used": dataclasses.replace(FIXED, used_codes=5),
+    "gumbel": GUMBEL,
+    "gumbel-soft": dataclasses.replace(GUMBEL, straight_through=False),
+    "gumbel-used": dataclasses.replace(GUMBEL, used_codes=5),
+    "ibq": IBQ,
+    "lfq": LFQ,
 }
+# z_q has the identity as its gradient; every code is the one that its own value is quantised to.
+STRAIGHT = ("vq", "vq-one-code", "vq-used", "lfq")
+STABLE = (*STRAIGHT, "vq-normalize")
 
 
 def latents(seed=0, shape=(2, 3, 4, 3)):
     return jax.random.normal(jax.random.key(seed), shape)
 
 
-def make(config, *, spread=True):
+def quick_key(seed):
+    """Of a generator that compiles in a tenth of the default one's time."""
+    return jax.random.key(seed, impl="rbg")
+
+
+def make(config, *, spread=True, used=USED):
     quantizer = make_quantizer(config, rngs=nnx.Rngs(0))
-    if spread:  # codes that lie among the latents, as after training
+    if spread and hasattr(quantizer, "codebook"):  # among the latents, as after training
         quantizer.codebook[...] = latents(1, quantizer.codebook.shape)
+    if getattr(quantizer, "used", None) is not None:
+        quantizer.used[...] = jnp.array(used)
     return quantizer
 
 
-def gradients(quantizer, z, objective):
-    """Of objective(output) with respect to the latents and the codebook."""
-    graphdef, params, rest = nnx.split(quantizer, nnx.Param, ...)
-    to_z, to_params = jax.grad(
-        lambda z, params: objective(nnx.merge(graphdef, params, rest)(z)), argnums=(0, 1)
+@functools.partial(jax.jit, static_argnums=0)
+def _run(graphdef, state, z, options):
+    return nnx.merge(graphdef, state)(z, **options)
+
+
+def run(quantizer, z, **options):
+    """A call, compiled once for all tests of a config."""
+    return _run(*nnx.split(quantizer), z, options)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _gradients(graphdef, objective, params, rest, z, options):
+    return jax.grad(
+        lambda z, params: objective(nnx.merge(graphdef, params, rest)(z, **options)),
+        argnums=(0, 1),
     )(z, params)
-    return to_z, to_params["codebook"][...]
+
+
+def gradients(quantizer, z, objective, **options):
+    """Of objective(output) with respect to the latents and the parameters by name."""
+    graphdef, params, rest = nnx.split(quantizer, nnx.Param, ...)
+    to_z, to_params = _gradients(graphdef, objective, params, rest, z, options)
+    return to_z, {".".join(path): value[...] for path, value in nnx.to_flat_state(to_params)}
+
+
+def everything(out):
+    """An objective that all of an output has a part in."""
+    return out.z_q.sum() + sum(out.losses.values())
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 # The contract.
@@ -52,44 +113,86 @@ def quantizer(request):
     return make(CONFIGS[request.param])
 
 
-def test_ids_are_int32_of_the_grid_and_codes_inverts_them(quantizer):
-    z = latents()
-    out = quantizer(z)
+@pytest.mark.parametrize("scale", [1.0, 1e3])
+def test_ids_are_int32_of_the_grid_and_codes_inverts_them_bit_for_bit(quantizer, scale):
+    z = scale * latents()
+    out = run(quantizer, z)  # compiled as one; codes are not
     assert out.ids.dtype == jnp.int32 and out.ids.shape == z.shape[:3]
     assert (out.ids >= 0).all() and (out.ids < quantizer.codebook_size).all()
     np.testing.assert_array_equal(quantizer.codes(out.ids), out.z_q)
 
 
-def test_inverse_holds_bit_for_bit_when_compiled(quantizer):
-    graphdef, state = nnx.split(quantizer)
-    out = jax.jit(lambda state, z: nnx.merge(graphdef, state)(z))(state, 1e3 * latents())
-    np.testing.assert_array_equal(quantizer.codes(out.ids), out.z_q)
-
-
-def test_each_code_is_its_own_nearest(quantizer):
+@pytest.mark.parametrize("name", STABLE)
+def test_each_code_is_quantised_to_itself(name):
+    quantizer = make(CONFIGS[name])
     every = jnp.arange(quantizer.codebook_size, dtype=jnp.int32).reshape(1, 1, -1)
-    out = quantizer(quantizer.codes(every))
+    out = run(quantizer, quantizer.codes(every))
     np.testing.assert_array_equal(out.ids, every)
 
 
-def test_gradient_goes_straight_through(quantizer):
+@pytest.mark.parametrize("name", STRAIGHT)
+def test_gradient_goes_straight_through(name):
     weights = latents(2)
-    to_z, to_codebook = gradients(quantizer, latents(), lambda out: (out.z_q * weights).sum())
+    to_z, to_params = gradients(
+        make(CONFIGS[name]), latents(), lambda out: (out.z_q * weights).sum()
+    )
     np.testing.assert_array_equal(to_z, weights)
-    assert not to_codebook.any()
+    assert not any(gradient.any() for gradient in to_params.values())
 
 
-def test_losses_are_finite_scalars(quantizer):
-    losses = quantizer(latents()).losses
-    assert losses and all(value.shape == () and value >= 0 for value in losses.values())
+def test_losses_have_names_and_a_gradient(quantizer):
+    losses = run(quantizer, latents()).losses
+    assert losses and all(value.shape == () for value in losses.values())
+    to_z, _ = gradients(quantizer, latents(), lambda out: sum(out.losses.values()))
+    assert to_z.any()
 
 
-@given(ids=st.lists(st.integers(0, 11), min_size=1, max_size=40))
+@pytest.mark.parametrize("scale", [0.0, 1e4])
+def test_values_and_gradients_stay_finite(quantizer, scale):
+    z, options = scale * latents(), {"key": quick_key(5), "step": jnp.int32(10)}
+    found = run(quantizer, z, **options), gradients(quantizer, z, everything, **options)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+
+
+def test_evaluation_draws_nothing(quantizer):
+    z = latents()
+    assert_same(run(quantizer, z), run(quantizer, z))
+    # A schedule moves gradients, never the codes that evaluation picks.
+    np.testing.assert_array_equal(run(quantizer, z, step=jnp.int32(0)).z_q, run(quantizer, z).z_q)
+    key = quick_key(4)
+    assert_same(run(quantizer, z, key=key), run(quantizer, z, key=key))
+
+
+def test_under_vmap_as_one_by_one(quantizer):
+    z = latents(3, (2, 1, 3, 4, 3))
+    # Not the output itself, which by its annotations holds the arrays of one call.
+    z_q, ids, losses = jax.vmap(lambda z: tuple(vars(run(quantizer, z)).values()))(z)
+    for i in range(2):
+        one = run(quantizer, z[i])
+        np.testing.assert_array_equal(ids[i], one.ids)
+        np.testing.assert_array_equal(z_q[i], one.z_q)
+        for name, value in one.losses.items():
+            np.testing.assert_allclose(losses[name][i], value, rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_latents_count_as_the_float32_they_equal(quantizer):
+    z = latents().astype(jnp.bfloat16)
+    out = run(quantizer, z)
+    assert out.z_q.dtype == jnp.float32
+    assert_same(out, run(quantizer, z.astype(jnp.float32)))
+    to_z, _ = gradients(quantizer, z, everything)
+    assert to_z.dtype == jnp.bfloat16
+
+
+@given(data=st.data(), name=st.sampled_from(sorted(CONFIGS)))
 @settings(max_examples=25, deadline=None)
-def test_statistics_equal_a_count(ids):
-    counts = np.bincount(ids, minlength=12)
+def test_statistics_equal_a_count(data, name):
+    quantizer = make(CONFIGS[name])
+    k = quantizer.codebook_size
+    ids = data.draw(st.lists(st.integers(0, k - 1), min_size=24, max_size=24))
+    counts = np.bincount(ids, minlength=k)
     p = counts[counts > 0] / counts.sum()
-    found = make(SMALL).statistics(jnp.array(ids, jnp.int32).reshape(1, 1, -1))
+    found = quantizer.statistics(jnp.array(ids, jnp.int32).reshape(1, 1, -1))
     np.testing.assert_allclose(found["usage"], (counts > 0).mean(), rtol=1e-6)
     np.testing.assert_allclose(found["perplexity"], np.exp(-(p * np.log(p)).sum()), rtol=1e-5)
 
@@ -98,8 +201,77 @@ def test_maintenance_is_a_function_of_its_key(quantizer):
     first, second = (nnx.merge(*nnx.split(quantizer), copy=True) for _ in range(2))
     z = latents()
     for each in (first, second):
-        each.maintain(z, quantizer(z).ids, jax.random.key(3))
-    np.testing.assert_array_equal(first.codebook[...], second.codebook[...])
+        each.maintain(z, run(quantizer, z).ids, jax.random.key(3))
+    assert_same(flat_weights(first), flat_weights(second))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_and_weights_survive_their_files(name):
+    quantizer, whole = make(CONFIGS[name]), TokenizerConfig(quantizer=CONFIGS[name])
+    data = json.loads(json.dumps(to_json(whole)))
+    assert from_json(TokenizerConfig, data, where="x") == whole
+    abstract = nnx.eval_shape(lambda: make_quantizer(CONFIGS[name], rngs=nnx.Rngs(1)))
+    again = with_weights(abstract, flat_weights(quantizer), where="x")
+    assert_same(run(again, latents()), run(quantizer, latents()))
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "words"),
+    [
+        ({"kind": "fsq"}, "kind 'fsq' is not one of vq, gumbel, ibq, lfq"),
+        ({"kind": ["vq"]}, "kind"),
+        ("vq", "kind"),
+        ({"kind": "lfq", "codebook_size": 8}, "codebook_size"),
+        ({"kind": "gumbel", "beta": 0.25}, "beta"),
+    ],
+)
+def test_json_of_no_quantizer_is_refused_in_one_line(quantizer, words):
+    with pytest.raises(InputError) as error:
+        from_json(TokenizerConfig, {"quantizer": quantizer}, where="config.json")
+    message = str(error.value)
+    assert message.startswith("config.json: ") and "\n" not in message
+    assert words in message and "quantizer" in message
+
+
+def test_json_from_before_there_was_a_choice_is_a_vq():
+    config = from_json(TokenizerConfig, {"quantizer": {"dim": 8}}, where="x")
+    assert config.quantizer == VQConfig(dim=8)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (VQConfig(codebook_size=0), "codebook_size 0"),
+        (VQConfig(used_codes=5), "init_from_data false and revive_after 0"),
+        (dataclasses.replace(FIXED, used_codes=13), "used_codes 13"),
+        (dataclasses.replace(FIXED, used_codes=5, unknown_id=6), "unknown_id 6"),
+        (dataclasses.replace(FIXED, unknown_id=0), "unknown_id 0"),
+        (GumbelConfig(temperature_end=0.0), "temperature_end 0.0"),
+        (GumbelConfig(temperature_steps=0), "temperature_steps 0"),
+        (GumbelConfig(codebook_size=4, used_codes=-1), "used_codes -1"),
+        (IBQConfig(entropy_temperature=0.0), "entropy_temperature 0.0"),
+        (LFQConfig(dim=25), "dim 25"),
+        (LFQConfig(entropy_group_bits=0), "entropy_group_bits 0"),
+    ],
+)
+def test_configs_that_contradict_themselves(config, words):
+    with pytest.raises(InputError) as error:
+        make_quantizer(config, rngs=nnx.Rngs(0))
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_command_line_chooses_by_kind(capsys):
+    command = ["train-tokenizer", "small", "--model.quantizer.kind"]
+    with pytest.raises(SystemExit):
+        main([*command, "lfq", "--model.quantizer.dim", "9", "--help"])
+    text = capsys.readouterr().out
+    assert "--model.quantizer.entropy-group-bits" in text
+    assert "--model.quantizer.codebook-size" not in text
+    with pytest.raises(SystemExit) as exit:
+        main([*command, "fsq", "--out", "x"])
+    lines = capsys.readouterr().err.splitlines()
+    assert exit.value.code == 2
+    assert lines == ["vqgan: --model.quantizer.kind fsq: there are vq, gumbel, ibq, lfq"]
 
 
 # Vector quantisation.
@@ -112,7 +284,7 @@ def test_vq_finds_the_nearest(seed, scale):
     distances = np.square(
         np.asarray(z, np.float64)[..., None, :] - np.asarray(quantizer.codebook[...], np.float64)
     ).sum(-1)
-    chosen = np.take_along_axis(distances, np.asarray(quantizer(z).ids)[..., None], -1)[..., 0]
+    chosen = np.take_along_axis(distances, np.asarray(run(quantizer, z).ids)[..., None], -1)[..., 0]
     # Up to rounding: of two codes at the same distance either will do.
     np.testing.assert_allclose(chosen, distances.min(-1), rtol=1e-5, atol=1e-6)
 
@@ -120,14 +292,14 @@ def test_vq_finds_the_nearest(seed, scale):
 def test_vq_takes_the_lowest_id_of_equal_codes():
     quantizer = make(SMALL)
     quantizer.codebook[...] = jnp.tile(quantizer.codebook[...][:4], (3, 1))
-    assert (quantizer(latents()).ids < 4).all()
+    assert (run(quantizer, latents()).ids < 4).all()
 
 
 @pytest.mark.parametrize("beta_on", ["commitment", "codebook"])
 def test_vq_losses_and_where_beta_goes(beta_on):
     quantizer = make(dataclasses.replace(SMALL, beta=0.3, beta_on=beta_on))
     z = latents()
-    out = quantizer(z)
+    out = run(quantizer, z)
     distance = np.square(np.asarray(out.z_q) - np.asarray(z)).mean()
     for name, value in out.losses.items():
         factor = 0.3 if name == beta_on else 1.0
@@ -137,39 +309,39 @@ def test_vq_losses_and_where_beta_goes(beta_on):
 
 def test_vq_commitment_pulls_latents_and_codebook_pulls_codes():
     quantizer, z = make(SMALL), latents()
-    out = quantizer(z)
+    out = run(quantizer, z)
     pull = 2 * np.asarray(z - out.z_q) / z.size
 
-    to_z, to_codebook = gradients(quantizer, z, lambda out: out.losses["commitment"])
+    to_z, to_params = gradients(quantizer, z, lambda out: out.losses["commitment"])
     np.testing.assert_allclose(to_z, SMALL.beta * pull, rtol=1e-5, atol=1e-7)
-    assert not to_codebook.any()
+    assert not to_params["codebook"].any()
 
-    to_z, to_codebook = gradients(quantizer, z, lambda out: out.losses["codebook"])
-    expected = np.zeros_like(to_codebook)
+    to_z, to_params = gradients(quantizer, z, lambda out: out.losses["codebook"])
+    expected = np.zeros_like(to_params["codebook"])
     np.add.at(expected, np.asarray(out.ids).ravel(), -pull.reshape(-1, 3))
-    np.testing.assert_allclose(to_codebook, expected, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(to_params["codebook"], expected, rtol=1e-5, atol=1e-7)
     assert not to_z.any()
 
 
 def test_vq_starts_from_the_first_batch_only():
     quantizer = make(dataclasses.replace(SMALL, revive_after=0), spread=False)
     z = latents()
-    quantizer.maintain(z, quantizer(z).ids, jax.random.key(0))
+    quantizer.maintain(z, run(quantizer, z).ids, jax.random.key(0))
     codes = np.asarray(quantizer.codebook[...])
     rows = np.asarray(z).reshape(-1, 3)
     assert all((rows == code).all(-1).any() for code in codes)
     assert len(np.unique(codes, axis=0)) == len(codes)  # 24 latents are enough for 12 codes
 
     other = latents(5)
-    quantizer.maintain(other, quantizer(other).ids, jax.random.key(1))
+    quantizer.maintain(other, run(quantizer, other).ids, jax.random.key(1))
     np.testing.assert_array_equal(quantizer.codebook[...], codes)
 
 
 def test_vq_keeps_its_random_start_where_told():
-    quantizer = make(CONFIGS["vq-plain"], spread=False)
+    quantizer = make(FIXED, spread=False)
     before, z = np.asarray(quantizer.codebook[...]), latents()
     assert (np.abs(before) <= 1 / 12).all() and before.min() < 0 < before.max()
-    quantizer.maintain(z, quantizer(z).ids, jax.random.key(0))
+    quantizer.maintain(z, run(quantizer, z).ids, jax.random.key(0))
     np.testing.assert_array_equal(quantizer.codebook[...], before)
 
 
@@ -190,3 +362,317 @@ def test_vq_revives_dead_codes_after_exactly_so_many_batches():
     assert (again[4] != before[4]).any()
     np.testing.assert_array_equal(again[:4], before[:4])
     assert quantizer.batches_unused[...][5:].tolist() == [1] * 7
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def test_vq_normalize_searches_and_returns_directions():
+    quantizer, z = make(CONFIGS["vq-normalize"]), 5 * latents()
+    out, codes = run(quantizer, z), unit(np.asarray(quantizer.codebook[...]))
+    np.testing.assert_array_equal(out.ids, (unit(np.asarray(z)) @ codes.T).argmax(-1))
+    np.testing.assert_allclose(out.z_q, codes[np.asarray(out.ids)], rtol=1e-6)
+    distance = np.square(np.asarray(out.z_q) - unit(np.asarray(z))).mean()
+    np.testing.assert_allclose(out.losses["commitment"], 0.25 * distance, rtol=1e-5)
+    np.testing.assert_allclose(out.losses["codebook"], distance, rtol=1e-5)
+
+
+def test_vq_normalize_passes_the_gradient_to_the_direction():
+    quantizer, z, weights = make(CONFIGS["vq-normalize"]), 5 * latents(), np.asarray(latents(2))
+    to_z, to_params = gradients(quantizer, z, lambda out: (out.z_q * weights).sum())
+    u, length = unit(np.asarray(z)), np.linalg.norm(z, axis=-1, keepdims=True)
+    across = weights - u * (u * weights).sum(-1, keepdims=True)
+    np.testing.assert_allclose(to_z, across / length, rtol=1e-4, atol=1e-6)
+    assert not to_params["codebook"].any()
+
+
+def test_vq_normalize_keeps_directions_from_the_first_batch():
+    quantizer = make(CONFIGS["vq-normalize"], spread=False)
+    np.testing.assert_allclose(np.linalg.norm(quantizer.codebook[...], axis=-1), 1, rtol=1e-6)
+    z = 5 * latents()
+    quantizer.maintain(z, run(quantizer, z).ids, jax.random.key(0))
+    rows = unit(np.asarray(z).reshape(-1, 3))
+    near = np.abs(np.asarray(quantizer.codebook[...])[:, None] - rows[None]).max(-1).min(-1)
+    assert (near < 1e-6).all()
+
+
+def test_vq_used_is_the_search_among_these_codes_alone():
+    quantizer, z = make(CONFIGS["vq-used"]), latents()
+    alone = make(dataclasses.replace(FIXED, codebook_size=len(USED)))
+    alone.codebook[...] = quantizer.codebook[...][jnp.array(USED)]
+    assert quantizer.codebook_size == len(USED)
+    assert_same(run(quantizer, z), run(alone, z))
+    _, to_params = gradients(quantizer, z, lambda out: out.losses["codebook"])
+    moved = np.flatnonzero(to_params["codebook"].any(-1))
+    assert len(moved) and set(moved) <= set(USED)
+    before = flat_weights(quantizer)
+    quantizer.maintain(z, run(quantizer, z).ids, jax.random.key(0))
+    assert_same(flat_weights(quantizer), before)
+
+
+@pytest.mark.parametrize("unknown", [3, len(USED)])
+def test_vq_unknown_codes_share_an_id_as_in_taming(unknown):
+    config = dataclasses.replace(FIXED, used_codes=len(USED), unknown_id=unknown)
+    quantizer, z = make(config), latents()
+    assert quantizer.codebook_size == len(USED) + (unknown == len(USED))
+    plain = run(make(FIXED), z)
+    out = run(quantizer, z)
+    np.testing.assert_array_equal(out.z_q, plain.z_q)
+    assert_same(out.losses, plain.losses)
+    expected = [USED.index(i) if i in USED else unknown for i in np.asarray(plain.ids).ravel()]
+    assert unknown in expected and len(set(expected)) > 3
+    assert np.asarray(out.ids).ravel().tolist() == expected
+    stands_for = USED[unknown] if unknown < len(USED) else USED[0]
+    np.testing.assert_array_equal(
+        quantizer.codes(jnp.full((1, 1, 1), unknown))[0, 0, 0], quantizer.codebook[...][stands_for]
+    )
+
+
+def test_vq_used_codes_may_be_listed_twice():
+    quantizer = make(dataclasses.replace(FIXED, used_codes=4), used=(3, 5, 3, 5))
+    assert set(np.asarray(run(quantizer, latents()).ids).ravel()) == {0, 1}
+
+
+# Gumbel-softmax.
+
+
+def gumbel_logits(quantizer, z):
+    kernel = np.asarray(quantizer.proj.kernel[...], np.float64)[0, 0]
+    return np.asarray(z, np.float64) @ kernel + np.asarray(quantizer.proj.bias[...], np.float64)
+
+
+@pytest.fixture
+def gumbel():
+    quantizer = make(GUMBEL)
+    quantizer.proj.bias[...] = latents(6, (12,))
+    return quantizer
+
+
+def test_gumbel_evaluates_to_the_most_probable_code(gumbel):
+    z = 3 * latents()
+    logits, out = gumbel_logits(gumbel, z), run(gumbel, z)
+    np.testing.assert_array_equal(out.ids, logits.argmax(-1))
+    assert len(np.unique(out.ids)) > 3
+    p = softmax(logits, axis=-1)
+    np.testing.assert_allclose(
+        out.losses["kl"], 0.3 * (p * np.log(12 * p)).sum(-1).mean(), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("step", [0, 4, 10, 99])
+def test_gumbel_draws_at_the_temperature_of_the_step(gumbel, step):
+    soft = make(dataclasses.replace(GUMBEL, straight_through=False))
+    nnx.update(soft, nnx.state(gumbel))
+    z, key = 3 * latents(), quick_key(8)
+    noise = np.asarray(jax.random.gumbel(key, (*z.shape[:3], 12)), np.float64)
+    temperature = 1 / 16 + (1 - 1 / 16) * (1 + np.cos(np.pi * min(step / 10, 1))) / 2
+    p = softmax((gumbel_logits(gumbel, z) + noise) / temperature, axis=-1)
+    table, weights = np.asarray(gumbel.codebook[...], np.float64), np.asarray(latents(2))
+
+    out = run(soft, z, key=key, step=jnp.int32(step))
+    np.testing.assert_array_equal(out.ids, p.argmax(-1))
+    np.testing.assert_allclose(out.z_q, p @ table, rtol=1e-4, atol=1e-5)
+
+    hard = run(gumbel, z, key=key, step=jnp.int32(step))
+    np.testing.assert_array_equal(hard.ids, out.ids)
+    np.testing.assert_array_equal(hard.z_q, gumbel.codes(hard.ids))
+    assert (np.asarray(hard.ids) != np.asarray(run(gumbel, z).ids)).any()
+    # Either way the latents get the gradient of the mean by the probabilities.
+    to_logits = p * (weights @ table.T - (p * (weights @ table.T)).sum(-1, keepdims=True))
+    expected = to_logits / temperature @ np.asarray(gumbel.proj.kernel[...])[0, 0].T
+    chosen = {"hard": np.eye(12)[p.argmax(-1)], "soft": p}
+    for quantizer, name in ((gumbel, "hard"), (soft, "soft")):
+        to_z, to_params = gradients(
+            quantizer,
+            z,
+            lambda out: (out.z_q * weights).sum(),
+            key=key,
+            step=jnp.int32(step),
+        )
+        np.testing.assert_allclose(to_z, expected, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(
+            to_params["codebook"],
+            np.einsum("bhwk,bhwd->kd", chosen[name], weights),
+            rtol=1e-3,
+            atol=1e-5,
+        )
+
+
+def test_gumbel_draws_each_code_with_its_probability(gumbel):
+    z = jnp.broadcast_to(latents(shape=(1, 1, 1, 3)), (1, 100, 200, 3))
+    ids = run(gumbel, z, key=quick_key(0), step=jnp.int32(0)).ids
+    found = np.bincount(np.asarray(ids).ravel(), minlength=12) / ids.size
+    p = softmax(gumbel_logits(gumbel, z[0, 0, 0]))
+    np.testing.assert_allclose(found, p, atol=5 * np.sqrt(p.max() / ids.size))
+
+
+def test_gumbel_without_a_step_is_at_the_end_of_its_schedule(gumbel):
+    z, key = latents(), quick_key(0)
+    ended = gradients(gumbel, z, everything, key=key, step=jnp.int32(10))
+    assert_same(gradients(gumbel, z, everything, key=key), ended)
+
+
+def test_gumbel_used_never_chooses_another():
+    config = dataclasses.replace(GUMBEL, used_codes=len(USED))
+    quantizer, z = make(config), 3 * latents()
+    logits = gumbel_logits(quantizer, z)[..., USED]
+    out = run(quantizer, z)
+    np.testing.assert_array_equal(out.ids, logits.argmax(-1))
+    np.testing.assert_array_equal(out.z_q, quantizer.codebook[...][jnp.array(USED)[out.ids]])
+    p = softmax(logits, axis=-1)
+    np.testing.assert_allclose(
+        out.losses["kl"], 0.3 * (p * np.log(12 * p)).sum(-1).mean(), rtol=1e-5
+    )
+
+
+# Entropies, of the two quantizers below.
+
+
+def entropies(logits):
+    """Mean entropy of the rows, and entropy of their mean as MAGVIT-2 computes it."""
+    log_p = logits - logsumexp(logits, axis=-1, keepdims=True)
+    mean = np.exp(log_p).mean(0)
+    return -(np.exp(log_p) * log_p).sum(-1).mean(), -(mean * np.log(mean + 1e-5)).sum()
+
+
+@pytest.mark.parametrize("config", [IBQ, LFQ])
+def test_entropies_are_left_out_at_weight_0(config):
+    z = latents()
+    losses = run(make(config), z).losses
+    without = run(make(dataclasses.replace(config, entropy_weight=0.0)), z).losses
+    assert losses.keys() - without.keys() == {"sample_entropy", "batch_entropy"}
+    assert_same(without, {name: losses[name] for name in without})
+
+
+# Index backpropagation.
+
+
+def test_ibq_takes_the_largest_inner_product_and_its_losses():
+    config = dataclasses.replace(IBQ, beta=0.3, entropy_weight=0.2, diversity=0.7)
+    quantizer, z = make(config), latents()
+    table, flat = np.asarray(quantizer.codebook[...], np.float64), np.asarray(z, np.float64)
+    logits, out = flat @ table.T, run(quantizer, z)
+    np.testing.assert_array_equal(out.ids, logits.argmax(-1))
+    nearest = np.square(flat[..., None, :] - table).sum(-1).argmin(-1)
+    assert (np.asarray(out.ids) != nearest).any()  # which is another question
+    distance = np.square(table[np.asarray(out.ids)] - flat).mean()
+    sample, batch = entropies(logits.reshape(-1, 12) / 0.5)
+    expected = {
+        "propagation": distance,
+        "commitment": distance,
+        "codebook": 0.3 * distance,
+        "sample_entropy": 0.2 * sample,
+        "batch_entropy": -0.2 * 0.7 * batch,
+    }
+    assert out.losses.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(out.losses[name], value, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("of", ["z_q", "propagation"])
+def test_ibq_gradient_reaches_the_latents_and_every_code(of):
+    quantizer, z = make(IBQ), latents()
+    table, flat = np.asarray(quantizer.codebook[...], np.float64), np.asarray(z, np.float64)
+    p = softmax(flat @ table.T, axis=-1)
+    hard = np.eye(12)[(flat @ table.T).argmax(-1)]
+    if of == "z_q":
+        weights, direct = np.asarray(latents(2), np.float64), 0.0
+        found = gradients(quantizer, z, lambda out: (out.z_q * weights).sum())
+    else:  # the mean square of z_q - z
+        weights = 2 * (hard @ table - flat) / z.size
+        direct = -weights
+        found = gradients(quantizer, z, lambda out: out.losses["propagation"])
+    to_p = weights @ table.T
+    to_logits = p * (to_p - (p * to_p).sum(-1, keepdims=True))
+    through_p = np.einsum("bhwk,bhwd->kd", to_logits, flat)
+    chosen = np.einsum("bhwk,bhwd->kd", hard, weights)
+
+    to_z, to_params = found
+    np.testing.assert_allclose(to_z, to_logits @ table + direct, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(to_params["codebook"], through_p + chosen, rtol=1e-4, atol=1e-5)
+    assert (~hard.any((0, 1, 2))).any() and to_params["codebook"].all()
+
+
+def test_ibq_losses_pull_where_they_should():
+    quantizer, z = make(IBQ), latents()
+    pull = 2 * np.asarray(z - run(quantizer, z).z_q) / z.size
+    to_z, to_params = gradients(quantizer, z, lambda out: out.losses["commitment"])
+    np.testing.assert_allclose(to_z, pull, rtol=1e-5, atol=1e-7)
+    assert not to_params["codebook"].any()
+    to_z, to_params = gradients(quantizer, z, lambda out: out.losses["codebook"])
+    assert not to_z.any() and to_params["codebook"].any()
+
+
+# Lookup-free quantisation.
+
+
+def test_lfq_takes_signs_as_bits_from_the_lowest():
+    quantizer = make(LFQ)
+    z = jnp.array([[0.2, -3, 0], [-1, 5, 1e-9], [9, 9, 9], [-0.0, -1e-9, -1]]).reshape(1, 2, 2, 3)
+    out = run(quantizer, z)
+    assert out.ids.ravel().tolist() == [0b001, 0b110, 0b111, 0b000]
+    assert out.z_q[0, 0].tolist() == [[1, -1, -1], [-1, 1, 1]]
+
+
+def test_lfq_has_as_many_codes_as_its_bits_make():
+    quantizer = make(LFQ)
+    every = quantizer.codes(jnp.arange(8, dtype=jnp.int32).reshape(1, 2, 4))
+    codes = {tuple(code) for code in np.asarray(every).reshape(-1, 3).tolist()}
+    assert codes == set(itertools.product((-1.0, 1.0), repeat=3))
+    assert quantizer.codebook_size == LFQ.codebook_size == 8
+    assert flat_weights(quantizer) == {}
+
+
+def lfq_entropies(z, temperature):
+    """By the definition: a softmax over all codes."""
+    codes = np.array(list(itertools.product((-1.0, 1.0), repeat=z.shape[-1])))
+    return entropies(2 * np.asarray(z, np.float64) @ codes.T / temperature)
+
+
+@pytest.mark.parametrize("scale", [0.01, 0.3])
+@pytest.mark.parametrize(("bits", "groups"), [(6, [6]), (9, [6]), (3, [3, 3]), (4, [3, 3])])
+def test_lfq_losses_equal_those_over_all_codes(scale, bits, groups):
+    config = LFQConfig(
+        dim=6,
+        entropy_group_bits=bits,
+        entropy_temperature=0.1,
+        entropy_weight=0.2,
+        diversity=0.7,
+        commitment_weight=0.3,
+    )
+    z = scale * latents(shape=(2, 3, 4, 6))
+    losses, flat = run(make(config), z).losses, np.asarray(z).reshape(-1, 6)
+    sample, joint = lfq_entropies(flat, 0.1)
+    parts = np.split(flat, np.cumsum(groups)[:-1], axis=-1)
+    batch = sum(lfq_entropies(part, 0.1)[1] for part in parts)
+    assert batch >= joint - 1e-4  # a bound, tight where there is one group
+    commitment = 0.3 * np.square(np.abs(flat) - 1).mean()
+    expected = {
+        "commitment": commitment,
+        "sample_entropy": 0.2 * sample,
+        "batch_entropy": -0.2 * 0.7 * batch,
+    }
+    assert losses.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(losses[name], value, rtol=2e-5, err_msg=name)
+
+
+def test_lfq_entropy_pushes_latents_off_zero():
+    z = jnp.array([0.02, -0.03, 0.01]).reshape(1, 1, 1, 3)
+    config = dataclasses.replace(LFQ, entropy_temperature=0.1)
+    to_z, _ = gradients(make(config), z, lambda out: out.losses["sample_entropy"])
+    p = 1 / (1 + np.exp(-4 * np.asarray(z) / 0.1))
+    slope = -p * (1 - p) * (xlogy(1, p) - xlogy(1, 1 - p)) * 4 / 0.1
+    np.testing.assert_allclose(to_z, 0.1 * slope, rtol=1e-4)
+    assert (np.sign(to_z) == -np.sign(z)).all()
+
+
+def test_lfq_of_many_bits_never_holds_all_codes():
+    z = latents(shape=(1, 16, 16, 18))
+    step = jax.jit(jax.grad(lambda z: everything(make(LFQConfig())(z))))
+    used = step.lower(z).compile().memory_analysis().temp_size_in_bytes
+    assert used < 4 * 256 * 2**18 / 50  # of the floats that one distribution a position would take
+    out = make(LFQConfig())(z)
+    assert LFQConfig().codebook_size == 2**18 > int(out.ids.max()) > 2**17
+    np.testing.assert_array_equal(make(LFQConfig()).codes(out.ids), jnp.where(z > 0, 1, -1))

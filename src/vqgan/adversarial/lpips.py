@@ -11,6 +11,7 @@ import functools
 import hashlib
 import importlib.util
 import io
+import itertools
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -25,13 +26,14 @@ from jaxtyping import Array, Float
 
 from vqgan.errors import InputError
 from vqgan.nn import conv_general_dilated
+from vqgan.serialization import Pretrained, with_weights
 
 Net = Literal["vgg16", "alexnet"]
 Features = list[Float[Array, "b _ _ _"]]
 
 # Mean and deviation of ImageNet's pixels, for images in [-1, 1].
-_SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)
-_SCALE = np.array([0.458, 0.448, 0.450], np.float32)
+SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)
+SCALE = np.array([0.458, 0.448, 0.450], np.float32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,7 @@ class _Trunk:
 
     Attributes:
       stages: number of convolutions (with ReLU) in each stage.
+      widths, sizes: channels and kernel side of each convolution.
       pool: side of the max pooling window, of stride 2.
       pooled: stages whose input is pooled.
       strides, paddings: of each convolution.
@@ -49,6 +52,8 @@ class _Trunk:
     """
 
     stages: tuple[int, ...]
+    widths: tuple[int, ...]
+    sizes: tuple[int, ...]
     pool: int
     pooled: tuple[int, ...]
     strides: tuple[int, ...]
@@ -61,6 +66,8 @@ class _Trunk:
 _TRUNKS: dict[str, _Trunk] = {
     "vgg16": _Trunk(
         stages=(2, 2, 3, 3, 3),
+        widths=(64,) * 2 + (128,) * 2 + (256,) * 3 + (512,) * 6,
+        sizes=(3,) * 13,
         pool=2,
         pooled=(1, 2, 3, 4),
         strides=(1,) * 13,
@@ -71,6 +78,8 @@ _TRUNKS: dict[str, _Trunk] = {
     ),
     "alexnet": _Trunk(
         stages=(1, 1, 1, 1, 1),
+        widths=(64, 192, 384, 256, 256),
+        sizes=(11, 5, 3, 3, 3),
         pool=3,
         pooled=(1, 2),
         strides=(4, 1, 1, 1, 1),
@@ -87,9 +96,9 @@ class Frozen(nnx.Variable):
 
 
 class _Conv(nnx.Module):
-    def __init__(self, kernel: np.ndarray, bias: np.ndarray, *, stride: int, padding: int):
-        self.kernel = Frozen(jnp.asarray(kernel))
-        self.bias = Frozen(jnp.asarray(bias))
+    def __init__(self, inputs: int, outputs: int, size: int, *, stride: int, padding: int):
+        self.kernel = Frozen(jnp.zeros((size, size, inputs, outputs)))
+        self.bias = Frozen(jnp.zeros(outputs))
         self.stride = stride
         self.padding = padding
 
@@ -104,21 +113,32 @@ class _Conv(nnx.Module):
         return y + self.bias[...][None, None, None]
 
 
-class LPIPS(nnx.Module):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LPIPSConfig:
+    """Which network's features are compared."""
+
+    net: Net = "vgg16"
+
+
+class LPIPS(Pretrained):
     """Learned perceptual distance with frozen weights; `load_lpips` makes one.
 
     Pass it through `nnx.split` into a compiled function, or its 59 MB become constants of it.
     """
 
-    def __init__(self, net: Net, weights: dict[str, Any]):
-        self.net = net
-        trunk, layers = _TRUNKS[net], weights[_TRUNKS[net].group]
+    config_class = LPIPSConfig
+
+    def __init__(self, config: LPIPSConfig, *, rngs: nnx.Rngs):
+        super().__init__(config, rngs=rngs)
+        trunk = _TRUNKS[config.net]
+        inputs = (3, *trunk.widths[:-1])
+        layers = zip(inputs, trunk.widths, trunk.sizes, trunk.strides, trunk.paddings, strict=True)
         self.convs = nnx.List(
-            _Conv(**layers[f"Conv_{i}"], stride=stride, padding=padding)
-            for i, (stride, padding) in enumerate(zip(trunk.strides, trunk.paddings, strict=True))
+            _Conv(*shape, stride=stride, padding=padding) for *shape, stride, padding in layers
         )
-        heads = [weights[f"NetLinLayer_{i}"]["Conv_0"]["kernel"] for i in range(len(trunk.stages))]
-        self.heads = nnx.List(Frozen(jnp.asarray(head.reshape(-1))) for head in heads)
+        # A stage's features are the outputs of its last convolution.
+        ends = itertools.accumulate(trunk.stages)
+        self.heads = nnx.List(Frozen(jnp.zeros(trunk.widths[end - 1])) for end in ends)
 
     def __call__(self, a: Float[Array, "b h w c"], b: Float[Array, "b h w c"]) -> Float[Array, "b"]:
         """Distance of each image of `a` to the same of `b`, both in [-1, 1]; 0 for equal images.
@@ -134,11 +154,11 @@ class LPIPS(nnx.Module):
         A training step takes those of the real images once and without gradient. Grey images are
         seen as RGB. Raises InputError as `__call__` does.
         """
-        trunk = _TRUNKS[self.net]
+        trunk = _TRUNKS[self.config.net]
         self._check(images.shape)
         if images.shape[-1] == 1:
             images = einops.repeat(images, "b h w 1 -> b h w rgb", rgb=3)
-        x = (images - _SHIFT[None, None, None]) / _SCALE[None, None, None]
+        x = (images - SHIFT[None, None, None]) / SCALE[None, None, None]
         convs = iter(self.convs)
         maps = []
         for stage, depth in enumerate(trunk.stages):
@@ -164,11 +184,11 @@ class LPIPS(nnx.Module):
                 f"LPIPS: images have {channels} channels, but it is defined for 1 or 3; set the "
                 "perceptual weight to 0"
             )
-        smallest = _TRUNKS[self.net].smallest
+        smallest = _TRUNKS[self.config.net].smallest
         if min(height, width) < smallest:
             raise InputError(
-                f"LPIPS: images of {height}x{width} are too small for {self.net}, which needs at "
-                f"least {smallest}x{smallest}"
+                f"LPIPS: images of {height}x{width} are too small for {self.config.net}, which "
+                f"needs at least {smallest}x{smallest}"
             )
 
 
@@ -201,7 +221,21 @@ def load_lpips(net: Net) -> LPIPS:
     """
     if net not in _TRUNKS:
         raise InputError(f"LPIPS: unknown network {net!r}; choose from {', '.join(_TRUNKS)}")
-    return LPIPS(net, _read_weights(net))
+    abstract = nnx.eval_shape(lambda: LPIPS(LPIPSConfig(net=net), rngs=nnx.Rngs(0)))
+    return with_weights(abstract, published_weights(net), where=f"LPIPS of {net}")
+
+
+def published_weights(net: Net) -> dict[str, np.ndarray]:
+    """The weights of `load_lpips` by their names in the model. Raises InputError as it does."""
+    found, trunk = _read_weights(net), _TRUNKS[net]
+    weights = {
+        f"convs.{i}.{kind}": found[trunk.group][f"Conv_{i}"][kind]
+        for i in range(len(trunk.widths))
+        for kind in ("kernel", "bias")
+    }
+    for i in range(len(trunk.stages)):
+        weights[f"heads.{i}"] = found[f"NetLinLayer_{i}"]["Conv_0"]["kernel"].reshape(-1)
+    return weights
 
 
 @functools.cache

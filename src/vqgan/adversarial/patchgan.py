@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from vqgan.errors import InputError
 from vqgan.nn import conv_general_dilated
+from vqgan.serialization import Pretrained
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,15 +67,17 @@ class BatchNorm(nnx.Module):
             running[...] = running[...] + step
 
 
-class PatchGAN(nnx.Module):
+class PatchGAN(Pretrained):
     """4 x 4 convolutions: `num_layers` of stride 2, one of stride 1, one to a single channel.
 
     LeakyReLU(0.2) between them, batch normalisation after all but the first and the last.
     Convolution kernels start as N(0, 0.02), scales as N(1, 0.02), biases as zero.
     """
 
+    config_class = PatchGANConfig
+
     def __init__(self, config: PatchGANConfig, *, rngs: nnx.Rngs):
-        self.config = config
+        super().__init__(config, rngs=rngs)
         layers, base = config.num_layers, config.base_channels
         widths = [config.in_channels, *(base * min(2**n, 8) for n in range(layers + 1)), 1]
         strides = [2] * layers + [1, 1]

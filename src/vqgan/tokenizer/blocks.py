@@ -5,6 +5,9 @@ them from denoising diffusion (Ho et al. 2020), without its time embedding. All 
 w, c]`.
 """
 
+from functools import partial
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -21,7 +24,11 @@ def group_norm(channels: int, *, groups: int, dtype: str, rngs: nnx.Rngs) -> nnx
 
 
 class ResBlock(nnx.Module):
-    """x + conv(swish(norm(conv(swish(norm(x)))))); a 1x1 convolution on x where channels change."""
+    """x + conv(swish(norm(conv(swish(norm(x)))))); a 1x1 convolution on x where channels change.
+
+    With `shortcut_of="output"` that convolution is on the branch's output instead, and x is not
+    added at all, as MaskGIT's published tokenizer has it.
+    """
 
     def __init__(
         self,
@@ -30,16 +37,20 @@ class ResBlock(nnx.Module):
         *,
         groups: int,
         dropout: float,
+        bias: bool = True,
+        shortcut_of: Literal["input", "output"] = "input",
         dtype: str,
         rngs: nnx.Rngs,
     ):
         self.dropout = dropout
+        self.shortcut_of = shortcut_of
         self.norm1 = group_norm(inputs, groups=groups, dtype=dtype, rngs=rngs)
-        self.conv1 = conv(inputs, outputs, 3, dtype=dtype, rngs=rngs)
+        self.conv1 = conv(inputs, outputs, 3, bias=bias, dtype=dtype, rngs=rngs)
         self.norm2 = group_norm(outputs, groups=groups, dtype=dtype, rngs=rngs)
-        self.conv2 = conv(outputs, outputs, 3, dtype=dtype, rngs=rngs)
+        self.conv2 = conv(outputs, outputs, 3, bias=bias, dtype=dtype, rngs=rngs)
+        seen = inputs if shortcut_of == "input" else outputs
         self.shortcut = (
-            conv(inputs, outputs, 1, dtype=dtype, rngs=rngs) if inputs != outputs else None
+            conv(seen, outputs, 1, bias=bias, dtype=dtype, rngs=rngs) if inputs != outputs else None
         )
 
     def __call__(
@@ -48,7 +59,9 @@ class ResBlock(nnx.Module):
         y = self.conv1(nnx.swish(self.norm1(x)))
         y = dropout(nnx.swish(self.norm2(y)), self.dropout, key)
         y = self.conv2(y)
-        return (x if self.shortcut is None else self.shortcut(x)) + y
+        if self.shortcut is None:
+            return x + y
+        return self.shortcut(x if self.shortcut_of == "input" else y) + y
 
 
 class AttentionBlock(nnx.Module):
@@ -69,9 +82,71 @@ class AttentionBlock(nnx.Module):
         return x + self.proj_out(y.reshape(b, h, w, c))
 
 
-def downsample(inputs: int, *, dtype: str, rngs: nnx.Rngs) -> nnx.Conv:
-    """Halves height and width: one row and column of zeros at the far ends, 3x3, stride 2."""
-    return conv(inputs, inputs, 3, stride=2, padding=((0, 1), (0, 1)), dtype=dtype, rngs=rngs)
+def downsample(inputs: int, *, symmetric: bool = False, dtype: str, rngs: nnx.Rngs) -> nnx.Conv:
+    """Halves height and width: 3x3, stride 2, zeros around.
+
+    One row and column of zeros at the far ends, or on all four sides where `symmetric` is set.
+    """
+    pad = (1, 1) if symmetric else (0, 1)
+    return conv(inputs, inputs, 3, stride=2, padding=(pad, pad), dtype=dtype, rngs=rngs)
+
+
+class AveragePool(nnx.Module):
+    """Halves height and width, which must be even: the mean of each 2x2 pixels."""
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+        b, h, w, c = x.shape
+        return x.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
+
+
+class Repeat(nnx.Module):
+    """Doubles height and width: each pixel four times."""
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
+        return x.repeat(2, axis=1).repeat(2, axis=2)
+
+
+class DepthToSpace(nnx.Module):
+    """Doubles height and width: a 3x3 convolution to four times the channels, a quarter a pixel."""
+
+    def __init__(self, channels: int, *, dtype: str, rngs: nnx.Rngs):
+        self.conv = conv(channels, 4 * channels, 3, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
+        b, h, w, c = x.shape
+        y = self.conv(x).reshape(b, h, w, 2, 2, c)
+        return y.swapaxes(2, 3).reshape(b, 2 * h, 2 * w, c)
+
+
+class AdaptiveNorm(nnx.Module):
+    """GroupNorm whose scale and bias come from the latents (Open-MAGVIT2, arXiv:2409.04410).
+
+    The scale is a linear map of the latents' deviation over positions, the bias one of their mean.
+    """
+
+    epsilon = 1e-6
+
+    def __init__(self, latents: int, channels: int, *, groups: int, dtype: str, rngs: nnx.Rngs):
+        self.norm = nnx.GroupNorm(
+            channels,
+            num_groups=groups,
+            epsilon=self.epsilon,
+            use_bias=False,
+            use_scale=False,
+            dtype=jnp.dtype(dtype),
+            rngs=rngs,
+        )
+        linear = partial(nnx.Linear, latents, channels, dtype=jnp.dtype(dtype), rngs=rngs)
+        self.gamma, self.beta = linear(), linear()
+
+    def __call__(
+        self, x: Float[Array, "b h w c"], z: Float[Array, "b h2 w2 z"]
+    ) -> Float[Array, "b h w c"]:
+        # The published variance divides by one less than the positions, which one position lacks.
+        positions = z.shape[1] * z.shape[2]
+        variance = z.var((1, 2)) * (positions / max(positions - 1, 1))
+        scale = self.gamma(jnp.sqrt(variance + self.epsilon))
+        return self.norm(x) * scale[:, None, None] + self.beta(z.mean((1, 2)))[:, None, None]
 
 
 class Upsample(nnx.Module):

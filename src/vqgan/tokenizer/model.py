@@ -27,6 +27,18 @@ class TokenizerConfig:
 
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     quantizer: QuantizerConfig = field(default_factory=VQConfig)
+    projections: bool = True
+    """1x1 convolutions before and after the quantizer; without them its `dim` is `z_channels`."""
+
+    def check(self) -> None:
+        """Raises InputError where the fields contradict one another."""
+        self.autoencoder.check()
+        self.quantizer.check()
+        z, d = self.autoencoder.z_channels, self.quantizer.dim
+        if not self.projections and z != d:
+            raise InputError(
+                f"quantizer.dim {d}: without projections it must be autoencoder.z_channels, {z}"
+            )
 
 
 @jax.tree_util.register_dataclass
@@ -54,17 +66,18 @@ class Tokenizer(Pretrained):
     config_class = TokenizerConfig
 
     def __init__(self, config: TokenizerConfig, *, rngs: nnx.Rngs):
-        config.autoencoder.check()
+        config.check()
         super().__init__(config, rngs=rngs)
         z, d, dtype = (
             config.autoencoder.z_channels,
             config.quantizer.dim,
             config.autoencoder.dtype,
         )
+        project = config.projections
         self.encoder = Encoder(config.autoencoder, rngs=rngs)
-        self.quant_conv = conv(z, d, 1, dtype=dtype, rngs=rngs)
+        self.quant_conv = conv(z, d, 1, dtype=dtype, rngs=rngs) if project else None
         self.quantizer = make_quantizer(config.quantizer, rngs=rngs)
-        self.post_quant_conv = conv(d, z, 1, dtype=dtype, rngs=rngs)
+        self.post_quant_conv = conv(d, z, 1, dtype=dtype, rngs=rngs) if project else None
         self.decoder = Decoder(config.autoencoder, rngs=rngs)
 
     @property
@@ -75,7 +88,7 @@ class Tokenizer(Pretrained):
     @property
     def codebook_size(self) -> int:
         """Number of different ids."""
-        return self.config.quantizer.codebook_size
+        return self.quantizer.codebook_size
 
     @jax.jit
     def encode(self, images: Float[Array, "b h w c"]) -> Int[Array, "b h2 w2"]:
@@ -89,7 +102,7 @@ class Tokenizer(Pretrained):
     @jax.jit
     def decode(self, ids: Int[Array, "b h2 w2"]) -> Float[Array, "b h w c"]:
         """Images, not clipped, from ids in [0, codebook_size)."""
-        return self.decoder(self.post_quant_conv(self.quantizer.codes(ids)))
+        return self.decoder(self._decoder_input(self.quantizer.codes(ids)))
 
     @jax.jit
     def __call__(self, images: Float[Array, "b h w c"]) -> TokenizerOutput:
@@ -97,7 +110,7 @@ class Tokenizer(Pretrained):
         z = self.latents(images)
         q = self.quantizer(z)
         return TokenizerOutput(
-            reconstruction=self.decoder(self.post_quant_conv(q.z_q)),
+            reconstruction=self.decoder(self._decoder_input(q.z_q)),
             z=z,
             z_q=q.z_q,
             ids=q.ids,
@@ -116,11 +129,14 @@ class Tokenizer(Pretrained):
         channels = self.config.autoencoder.in_channels
         if c != channels:
             raise InputError(f"images of {c} channels: this tokenizer takes {channels}")
-        z = self.quant_conv(self.encoder(images, fold(key, 0)))
-        return z.astype("float32")
+        z = self.encoder(images, fold(key, 0))
+        return (z if self.quant_conv is None else self.quant_conv(z)).astype("float32")
 
     def decoder_features(
         self, z_q: Float[Array, "b h2 w2 d"], key: Key[Array, ""] | None = None
     ) -> Float[Array, "b h w e"]:
         """The decoder up to its last layer; `key` turns dropout on."""
-        return self.decoder.features(self.post_quant_conv(z_q), fold(key, 1))
+        return self.decoder.features(self._decoder_input(z_q), fold(key, 1))
+
+    def _decoder_input(self, z_q: Float[Array, "b h2 w2 d"]) -> Float[Array, "b h2 w2 z"]:
+        return z_q if self.post_quant_conv is None else self.post_quant_conv(z_q)

@@ -74,6 +74,9 @@ class RunConfig:
 class TokenizerTraining:
     """Everything that determines a run of stage 1."""
 
+    init_from: str = ""
+    """Directory, or owner/name on the hub, of a tokenizer to start from, such as an imported one.
+    `model` is then its config; a discriminator that lies beside it comes along."""
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
     discriminator: PatchGANConfig = field(default_factory=PatchGANConfig)
     loss: LossConfig = field(default_factory=LossConfig)

@@ -12,6 +12,7 @@ come from the same reconstruction:
     autoencoder update       = pull dR + weight dG back through everything
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,7 +39,8 @@ from vqgan.data.sources import ImageSource, open_source
 from vqgan.errors import InputError
 from vqgan.eval.runner import evaluate_tokenizer
 from vqgan.pictures import inputs_over_outputs, to_float, to_uint8
-from vqgan.serialization import to_json
+from vqgan.serialization import model_directory, to_json
+from vqgan.tokenizer.autoencoder import to_pixels
 from vqgan.tokenizer.model import Tokenizer
 from vqgan.train import loop, sharding
 from vqgan.train.config import LossConfig, TokenizerTraining
@@ -133,7 +135,7 @@ def step(
     def forward(params: nnx.State) -> tuple[tuple[Array, Array], Any]:
         tokenizer = nnx.merge(stage.tokenizer, params, state.codebook_stats)
         z = tokenizer.latents(images, key)
-        q = tokenizer.quantizer(z)
+        q = tokenizer.quantizer(z, key=jax.random.fold_in(key, 3), step=state.step)
         features = tokenizer.decoder_features(q.z_q, key)
         return (features, sum(q.losses.values())), (z, q, tokenizer.quantizer.statistics(q.ids))
 
@@ -174,7 +176,9 @@ def step(
 
 
 def _apply_last(stage: Stage1, last: nnx.State, features: Array) -> Images:
-    return nnx.merge(stage.last_layer, last)(features).astype(jnp.float32)
+    model = stage.config.model.autoencoder
+    y = nnx.merge(stage.last_layer, last)(features)
+    return to_pixels(y, model.pixel_range, model.output)
 
 
 def _reconstruction_terms(
@@ -328,6 +332,10 @@ def train_tokenizer(
     Raises:
       InputError: the config contradicts itself or the data, or `out` holds a run of another one.
     """
+    start = _start(config.init_from) if config.init_from else None
+    if start is not None:
+        judge_config = start[1].config if start[1] else config.discriminator
+        config = dataclasses.replace(config, model=start[0].config, discriminator=judge_config)
     out, data, run = Path(out), config.data, config.run
     train, test = (
         open_source(data.source, split=split, holdout=data.holdout) for split in ("train", "test")
@@ -339,6 +347,8 @@ def train_tokenizer(
     stage, init = setup(config, optim, disc_optim)
     print(f"tokenizer: {describe(jax.eval_shape(init))}", flush=True)
     state = create(init, mesh)
+    if start is not None:
+        state = _started(state, *start)
     one_step = compiled(
         functools.partial(step, stage),
         state,
@@ -364,7 +374,8 @@ def train_tokenizer(
     def export(state: TokenizerState, directory: Path) -> None:
         tokenizer = averaged(state)
         if jax.process_index() == 0:
-            tokenizer.save_pretrained(directory)
+            steps = int(state.step)
+            tokenizer.save_pretrained(directory, provenance={"data": data.source, "steps": steps})
 
     state = loop.fit(
         state,
@@ -384,6 +395,38 @@ def train_tokenizer(
     return averaged(state)
 
 
+def _start(source: str) -> tuple[Tokenizer, PatchGAN | None]:
+    """The models to start from. Raises InputError where there are none."""
+    tokenizer = Tokenizer.from_pretrained(source)
+    place = model_directory(Path(source)) / "discriminator"
+    return tokenizer, PatchGAN.from_pretrained(place) if place.is_dir() else None
+
+
+def _started(
+    state: TokenizerState, tokenizer: Tokenizer, discriminator: PatchGAN | None
+) -> TokenizerState:
+    """A fresh state with the weights of given models, each where its array was."""
+
+    def placed(fresh: nnx.State, given: nnx.State) -> nnx.State:
+        return jax.tree.map(lambda old, new: jax.device_put(new, old.sharding), fresh, given)
+
+    _, params, codebook_stats = split(tokenizer)
+    state = dataclasses.replace(
+        state,
+        params=placed(state.params, params),
+        ema=placed(state.ema, copy(params)),
+        codebook_stats=placed(state.codebook_stats, codebook_stats),
+    )
+    if discriminator is None:
+        return state
+    _, disc_params, disc_stats = split(discriminator)
+    return dataclasses.replace(
+        state,
+        disc_params=placed(state.disc_params, disc_params),
+        disc_stats=placed(state.disc_stats, disc_stats),
+    )
+
+
 def reconstruct(tokenizer: Tokenizer, images: np.ndarray) -> np.ndarray:
     """uint8 images through the tokenizer and back to uint8."""
     return to_uint8(tokenizer(to_float(images)).reconstruction)
@@ -391,8 +434,8 @@ def reconstruct(tokenizer: Tokenizer, images: np.ndarray) -> np.ndarray:
 
 def _check(config: TokenizerTraining, source: ImageSource) -> None:
     """Raises InputError for what would only fail deep inside the first step."""
+    config.model.check()
     model = config.model.autoencoder
-    model.check()
     if config.data.image_size % model.factor:
         raise InputError(
             f"data.image_size {config.data.image_size} is not a multiple of {model.factor}, "

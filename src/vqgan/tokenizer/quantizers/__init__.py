@@ -8,20 +8,36 @@ from collections.abc import Callable
 from flax import nnx
 
 from vqgan.tokenizer.quantizers.base import CodebookStat, Quantizer, QuantizerOutput
+from vqgan.tokenizer.quantizers.gumbel import GumbelConfig, GumbelQuantizer
+from vqgan.tokenizer.quantizers.ibq import IBQConfig, IBQuantizer
+from vqgan.tokenizer.quantizers.lfq import LFQConfig, LookupFreeQuantizer
 from vqgan.tokenizer.quantizers.vq import VectorQuantizer, VQConfig
 
-QuantizerConfig = VQConfig
+# In JSON and on the command line they are told apart by `kind`.
+QuantizerConfig = VQConfig | GumbelConfig | IBQConfig | LFQConfig
 
-_classes: dict[type, Callable[..., Quantizer]] = {VQConfig: VectorQuantizer}
+_classes: dict[type, Callable[..., Quantizer]] = {
+    VQConfig: VectorQuantizer,
+    GumbelConfig: GumbelQuantizer,
+    IBQConfig: IBQuantizer,
+    LFQConfig: LookupFreeQuantizer,
+}
 
 
 def make_quantizer(config: QuantizerConfig, *, rngs: nnx.Rngs) -> Quantizer:
-    """Builds the quantizer that the config describes."""
+    """Builds the quantizer that the config describes. Raises InputError as its `check` does."""
+    config.check()
     return _classes[type(config)](config, rngs=rngs)
 
 
 __all__ = [
     "CodebookStat",
+    "GumbelConfig",
+    "GumbelQuantizer",
+    "IBQConfig",
+    "IBQuantizer",
+    "LFQConfig",
+    "LookupFreeQuantizer",
     "Quantizer",
     "QuantizerConfig",
     "QuantizerOutput",

@@ -2,14 +2,18 @@
 
 import abc
 from dataclasses import dataclass
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
+from vqgan.errors import InputError
+
 
 class CodebookStat(nnx.Variable):
-    """What a quantizer counts about its codes: saved with the model, never seen by an optimiser."""
+    """What a quantizer knows about its codes: saved with the model, never seen by an optimiser."""
 
 
 @jax.tree_util.register_dataclass
@@ -18,30 +22,99 @@ class QuantizerOutput:
     """Quantised latents, their ids, and the loss terms by name, each a scalar."""
 
     z_q: Float[Array, "b h w d"]
-    """Equal to the codes in value; its gradient goes straight through to the latents."""
+    """Equal to the codes in value; every quantizer says what its gradient is."""
     ids: Int[Array, "b h w"]
     losses: dict[str, Float[Array, ""]]
+    """Weighted by the config, so that their sum is the quantizer's share of the objective."""
 
 
 class Quantizer(nnx.Module):
-    """Interface of all quantizers. Subclasses are final."""
+    """Interface of all quantizers. Subclasses are final.
+
+    Their configs have `kind`, `dim` (channels of the latents and of the codes), `codebook_size`
+    and `check()`, which raises InputError where fields contradict one another.
+    """
 
     codebook_size: int
+    """Number of different ids; fewer than the config's `codebook_size` where some are left out."""
 
     @abc.abstractmethod
-    def __call__(self, z: Float[Array, "b h w d"]) -> QuantizerOutput:
-        """Quantises latents."""
+    def __call__(
+        self,
+        z: Float[Array, "b h w d"],
+        *,
+        key: Key[Array, ""] | None = None,
+        step: Int[Array, ""] | None = None,
+    ) -> QuantizerOutput:
+        """Quantises latents.
+
+        Args:
+          z: latents of any float type; what is returned is float32.
+          key: for quantizers that draw; without one (evaluation) they do not, and
+            `codes(ids)` equals `z_q`.
+          step: updates so far, for quantizers with a schedule; without one it is at its end.
+        """
 
     @abc.abstractmethod
     def codes(self, ids: Int[Array, "b h w"]) -> Float[Array, "b h w d"]:
         """The codes of ids: `codes(self(z).ids)` equals `self(z).z_q`."""
 
-    @abc.abstractmethod
     def maintain(
         self, z: Float[Array, "b h w d"], ids: Int[Array, "b h w"], key: Key[Array, ""]
     ) -> None:
-        """Called in place after an optimiser's update, with what the update had quantised."""
+        """Called in place after an optimiser's update, with what the update had quantised.
 
-    @abc.abstractmethod
+        Does nothing where a quantizer has no codes to look after.
+        """
+
     def statistics(self, ids: Int[Array, "b h w"]) -> dict[str, Float[Array, ""]]:
-        """Scalars to log about the codes: `usage` and `perplexity` at least."""
+        """Scalars to log about ids: the fraction of all ids that occur, and their perplexity."""
+        counts = jnp.zeros((self.codebook_size,), jnp.float32).at[ids.ravel()].add(1.0)
+        p = counts / jnp.sum(counts)
+        entropy = -jnp.sum(p * jnp.log(jnp.maximum(p, 1e-30)))
+        return {"usage": jnp.mean(counts > 0), "perplexity": jnp.exp(entropy)}
+
+
+def straight_through(
+    z: Float[Array, "b h w d"], codes: Float[Array, "b h w d"]
+) -> Float[Array, "b h w d"]:
+    """`codes` in value, exactly, and the identity on `z` in gradient (Bengio et al. 2013)."""
+    return jax.lax.stop_gradient(codes) + (z - jax.lax.stop_gradient(z))
+
+
+def straight_through_choice(
+    codebook: Float[Array, "k d"], ids: Int[Array, "b h w"], p: Float[Array, "b h w k"]
+) -> Float[Array, "b h w d"]:
+    """`codebook[ids]` in value, exactly, with a gradient to the probabilities of all codes.
+
+    The gradient is that of `(onehot(ids) - stop_gradient(p) + p) @ codebook`, in which the
+    codebook itself is reached through the chosen codes only.
+    """
+    mean = jnp.einsum(
+        "bhwk,kd->bhwd", p, jax.lax.stop_gradient(codebook), precision=jax.lax.Precision.HIGHEST
+    )
+    return codebook[ids] + (mean - jax.lax.stop_gradient(mean))
+
+
+def batch_entropy(p: Float[Array, "n k"]) -> Float[Array, ""]:
+    """Entropy, in nats, of the mean of n distributions over k codes.
+
+    The constant keeps the logarithm finite; it is MAGVIT-2's, and lowers the result a little.
+    """
+    mean = jnp.mean(p, axis=0)
+    return -jnp.sum(mean * jnp.log(mean + 1e-5))
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """Raises InputError where one of these fields of a quantizer's config is not above 0."""
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise InputError(f"quantizer.{name} {getattr(config, name)}: must be more than 0")
+
+
+def check_used_codes(used_codes: int, codebook_size: int) -> None:
+    """Raises InputError where more codes are in use than there are."""
+    if not 0 <= used_codes <= codebook_size:
+        raise InputError(
+            f"quantizer.used_codes {used_codes}: must be from 0 (all) to the {codebook_size} codes"
+        )

@@ -8,7 +8,12 @@ k]` product and holds `bhw x k` floats. Its known weakness is that codes which n
 nearest to get no gradient and stay unused. Two remedies are built in: the codebook starts from
 latents of the first batch, and a code that was the nearest for none of the last `revive_after`
 batches is moved onto a latent of the current one (random restarts, as in Jukebox,
-arXiv:2005.00341).
+arXiv:2005.00341). A third is `normalize`, the cosine codebook of ViT-VQGAN (arXiv:2110.04627) and
+LlamaGen (arXiv:2406.06525), which with few channels (8 to 32) keeps large codebooks in use:
+latents and codes are scaled to length 1 before all of the above, and `z_q` is such a unit code.
+
+`used_codes` is for published codebooks of which training left only some codes alive: ids then
+count these alone, so that a prior has fewer to choose from (the remapping of taming-transformers).
 """
 
 from dataclasses import dataclass
@@ -19,7 +24,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from vqgan.tokenizer.quantizers.base import CodebookStat, Quantizer, QuantizerOutput
+from vqgan.errors import InputError
+from vqgan.tokenizer.quantizers.base import (
+    CodebookStat,
+    Quantizer,
+    QuantizerOutput,
+    check_positive,
+    check_used_codes,
+    straight_through,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,34 +40,67 @@ class VQConfig:
     """Vector quantizer. The defaults are the paper's."""
 
     kind: Literal["vq"] = "vq"
+    """Others are "gumbel", "ibq" and "lfq", each with options and defaults of its own."""
     codebook_size: int = 1024
+    """Codes in the table."""
     dim: int = 256
     beta: float = 0.25
     """Weight of the term that `beta_on` names; the other one has weight 1."""
     beta_on: Literal["commitment", "codebook"] = "commitment"
     """"codebook" is the swapped form that all published taming weights were trained with."""
+    normalize: bool = False
+    """Search among directions: latents and codes have length 1."""
     init_from_data: bool = True
     """Start from latents of the first batch, not from U(-1/k, 1/k)."""
     revive_after: int = 100
     """Batches that a code may go unused before it is moved; 0 never moves any."""
+    used_codes: int = 0
+    """Codes that ids count, those in the buffer `used`; 0 counts all and has no buffer."""
+    unknown_id: int = -1
+    """-1 searches the used codes only. Else, as published: all codes are searched, and what is not
+    in use gets this id, or `used_codes` for an id of its own; such ids do not give z_q back."""
+
+    def check(self) -> None:
+        """Raises InputError where the fields contradict one another."""
+        check_positive(self, "codebook_size", "dim")
+        check_used_codes(self.used_codes, self.codebook_size)
+        if self.used_codes and (self.init_from_data or self.revive_after):
+            raise InputError(
+                f"quantizer.used_codes {self.used_codes}: the codes of a model are settled, so it "
+                "needs init_from_data false and revive_after 0"
+            )
+        if not -1 <= self.unknown_id <= (self.used_codes or -1):
+            raise InputError(
+                f"quantizer.unknown_id {self.unknown_id}: must be -1, or from 0 to used_codes, "
+                f"which is {self.used_codes}, where that is set"
+            )
 
 
 class VectorQuantizer(Quantizer):
-    """Nearest-neighbour quantizer."""
+    """Nearest-neighbour quantizer. The gradient of `z_q` goes straight through to the latents, or
+    to the latents of length 1."""
 
     def __init__(self, config: VQConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.codebook_size = k = config.codebook_size
-        self.codebook = nnx.Param(
-            jax.random.uniform(rngs.params(), (k, config.dim), minval=-1 / k, maxval=1 / k)
-        )
+        k, used = config.codebook_size, config.used_codes
+        self.codebook_size = (used or k) + (config.unknown_id == used > 0)
+        uniform = jax.random.uniform(rngs.params(), (k, config.dim), minval=-1 / k, maxval=1 / k)
+        self.codebook = nnx.Param(self._scaled(uniform))
         self.batches_unused = CodebookStat(jnp.zeros((k,), jnp.int32))
         self.batches_seen = CodebookStat(jnp.zeros((), jnp.int32))
+        self.used = CodebookStat(jnp.arange(used, dtype=jnp.int32)) if used else None
 
-    def __call__(self, z: Float[Array, "b h w d"]) -> QuantizerOutput:
-        z = z.astype(jnp.float32)
-        ids = self.nearest(jax.lax.stop_gradient(z))
-        codes = self.codes(ids)
+    def __call__(
+        self,
+        z: Float[Array, "b h w d"],
+        *,
+        key: Key[Array, ""] | None = None,
+        step: Int[Array, ""] | None = None,
+    ) -> QuantizerOutput:
+        z = self._scaled(z.astype(jnp.float32))
+        table = self._scaled(self.codebook[...])
+        rows = self._nearest(jax.lax.stop_gradient(z), jax.lax.stop_gradient(table))
+        codes = table[rows]
         commitment = jnp.mean(jnp.square(jax.lax.stop_gradient(codes) - z))
         codebook = jnp.mean(jnp.square(codes - jax.lax.stop_gradient(z)))
         if self.config.beta_on == "commitment":
@@ -62,26 +108,23 @@ class VectorQuantizer(Quantizer):
         else:
             codebook = self.config.beta * codebook
         return QuantizerOutput(
-            z_q=_straight_through(z, codes),
-            ids=ids,
+            z_q=straight_through(z, codes),
+            ids=self._ids(rows),
             losses={"commitment": commitment, "codebook": codebook},
         )
 
-    def nearest(self, z: Float[Array, "b h w d"]) -> Int[Array, "b h w"]:
-        """Ids of the nearest codes; the lowest id among equals."""
-        codebook = jax.lax.stop_gradient(self.codebook[...])
-        # |z|² is the same for all codes and left out.
-        products = jnp.einsum("bhwd,kd->bhwk", z, codebook, precision=jax.lax.Precision.HIGHEST)
-        norms = jnp.sum(jnp.square(codebook), axis=-1).reshape(1, 1, 1, -1)
-        return jnp.argmin(norms - 2 * products, axis=-1).astype(jnp.int32)
-
     def codes(self, ids: Int[Array, "b h w"]) -> Float[Array, "b h w d"]:
-        return self.codebook[...][ids]
+        if self.used is not None:
+            # The id of all unknown codes, where it is one of its own, stands for the first code.
+            ids = self.used[...][jnp.where(ids < self.config.used_codes, ids, 0)]
+        return self._scaled(self.codebook[...])[ids]
 
     def maintain(
         self, z: Float[Array, "b h w d"], ids: Int[Array, "b h w"], key: Key[Array, ""]
     ) -> None:
-        k = self.codebook_size
+        if self.used is not None:
+            return
+        k = self.config.codebook_size
         used = jnp.zeros((k,), bool).at[ids.ravel()].set(True)
         unused = jnp.where(used, 0, self.batches_unused[...] + 1)
         dead = jnp.zeros((k,), bool)
@@ -89,20 +132,46 @@ class VectorQuantizer(Quantizer):
             dead = unused >= self.config.revive_after
         if self.config.init_from_data:
             dead = dead | (self.batches_seen[...] == 0)
-        latents = z.astype(jnp.float32).reshape(-1, z.shape[-1])
+        latents = self._scaled(z.astype(jnp.float32)).reshape(-1, z.shape[-1])
         chosen = jax.random.permutation(key, len(latents))[jnp.arange(k) % len(latents)]
         moved = jnp.where(dead[:, None], latents[chosen], self.codebook[...])
         self.codebook[...] = jax.lax.stop_gradient(moved)
         self.batches_unused[...] = jnp.where(dead, 0, unused)
         self.batches_seen[...] += 1
 
-    def statistics(self, ids: Int[Array, "b h w"]) -> dict[str, Float[Array, ""]]:
-        counts = jnp.zeros((self.codebook_size,), jnp.float32).at[ids.ravel()].add(1.0)
-        p = counts / jnp.sum(counts)
-        entropy = -jnp.sum(p * jnp.log(jnp.maximum(p, 1e-30)))
-        return {"usage": jnp.mean(counts > 0), "perplexity": jnp.exp(entropy)}
+    def _scaled(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+        return _unit(x) if self.config.normalize else x
+
+    def _nearest(
+        self, z: Float[Array, "b h w d"], table: Float[Array, "k d"]
+    ) -> Int[Array, "b h w"]:
+        """Rows of the table that are nearest; the first among equals."""
+        among = None
+        if self.used is not None and self.config.unknown_id == -1:
+            among = self.used[...]
+            table = table[among]
+        # |z|² is the same for all codes and left out.
+        products = jnp.einsum("bhwd,kd->bhwk", z, table, precision=jax.lax.Precision.HIGHEST)
+        norms = jnp.sum(jnp.square(table), axis=-1).reshape(1, 1, 1, -1)
+        rows = jnp.argmin(norms - 2 * products, axis=-1).astype(jnp.int32)
+        return rows if among is None else among[rows]
+
+    def _ids(self, rows: Int[Array, "b h w"]) -> Int[Array, "b h w"]:
+        """Ids of rows of the table: their first place among the used codes, or `unknown_id`."""
+        if self.used is None:
+            return rows
+        n, k = self.config.used_codes, self.config.codebook_size
+        places = jnp.full((k,), n, jnp.int32).at[self.used[...]].min(jnp.arange(n, dtype=jnp.int32))
+        ids = places[rows]
+        return jnp.where(ids < n, ids, self.config.unknown_id)
 
 
-def _straight_through(z: Array, codes: Array) -> Array:
-    """`codes` in value, exactly, and the identity on `z` in gradient (Bengio et al. 2013)."""
-    return jax.lax.stop_gradient(codes) + (z - jax.lax.stop_gradient(z))
+@jax.jit
+def _unit(x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+    """`x / max(|x|, 1e-12)` along the last axis.
+
+    Compiled as one and kept apart, so that it rounds alike within any program and by itself: the
+    codes of ids are to equal z_q bit for bit.
+    """
+    norm = jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-24))
+    return jax.lax.optimization_barrier(x / norm)

@@ -1,0 +1,120 @@
+"""Gumbel-softmax quantisation (Jang et al. 2016, arXiv:1611.01144; as in DALL-E, arXiv:2102.12092,
+and taming-transformers).
+
+    logits = proj(z)        p = softmax((logits + g) / temperature),  g ~ Gumbel(0, 1)
+    ids = argmax p          z_q = (onehot(ids) - stop_gradient(p) + p) @ codebook
+    loss = kl_weight * KL(softmax(logits) || uniform)
+
+Latents `[b, h, w, d]`, a 1x1 convolution `d -> k` to the logits, codebook `[k, d]`, ids `[b, h,
+w]`. Codes are drawn, not looked up: every code gets a gradient in proportion to its probability,
+which keeps codebooks in use without any care for dead codes. The price is noise in training, a
+temperature to anneal, `d x k` more parameters, and some arrays of `bhw x k` floats.
+
+Without a key nothing is drawn (g = 0): ids are the most probable codes. Published code draws in
+evaluation too; its ids are then random.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from vqgan.nn import torch_init
+from vqgan.tokenizer.quantizers.base import (
+    CodebookStat,
+    Quantizer,
+    QuantizerOutput,
+    check_positive,
+    check_used_codes,
+    straight_through_choice,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GumbelConfig:
+    """Gumbel-softmax quantizer. The schedule is DALL-E's, all else taming's."""
+
+    kind: Literal["gumbel"] = "gumbel"
+    codebook_size: int = 8192
+    """Codes in the table."""
+    dim: int = 256
+    kl_weight: float = 5e-4
+    """Of the divergence from using all codes alike; the published f8 model has 1e-8."""
+    temperature_start: float = 1.0
+    temperature_end: float = 1 / 16
+    temperature_steps: int = 150_000
+    """Updates in which the temperature falls from start to end, as half a cosine."""
+    straight_through: bool = True
+    """Whether training decodes the one code drawn, or the mean of all by their probabilities."""
+    used_codes: int = 0
+    """Codes that may be chosen and that ids count, those in the buffer `used`; 0 is all of them."""
+
+    def check(self) -> None:
+        """Raises InputError where the fields contradict one another."""
+        check_positive(self, "codebook_size", "dim", "temperature_start", "temperature_end")
+        check_positive(self, "temperature_steps")
+        check_used_codes(self.used_codes, self.codebook_size)
+
+
+class GumbelQuantizer(Quantizer):
+    """Quantizer that draws its codes. The gradient of `z_q` passes through the probabilities of
+    all codes, at the temperature of the step."""
+
+    def __init__(self, config: GumbelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        k, used = config.codebook_size, config.used_codes
+        self.codebook_size = used or k
+        # Not by `vqgan.nn.conv`: the choice of a code needs the full precision of float32.
+        self.proj = nnx.Conv(
+            config.dim,
+            k,
+            (1, 1),
+            kernel_init=torch_init,
+            precision=jax.lax.Precision.HIGHEST,
+            rngs=rngs,
+        )
+        self.codebook = nnx.Param(jax.random.normal(rngs.params(), (k, config.dim)))
+        self.used = CodebookStat(jnp.arange(used, dtype=jnp.int32)) if used else None
+
+    def __call__(
+        self,
+        z: Float[Array, "b h w d"],
+        *,
+        key: Key[Array, ""] | None = None,
+        step: Int[Array, ""] | None = None,
+    ) -> QuantizerOutput:
+        logits = self.proj(z.astype(jnp.float32))
+        if self.used is not None:
+            logits = logits[..., self.used[...]]
+        noisy = logits if key is None else logits + jax.random.gumbel(key, logits.shape)
+        ids = jnp.argmax(noisy, axis=-1).astype(jnp.int32)
+        p = jax.nn.softmax(noisy / self.temperature(step), axis=-1)
+        if self.config.straight_through or key is None:
+            z_q = straight_through_choice(self._table(), ids, p)
+        else:
+            z_q = jnp.einsum("bhwk,kd->bhwd", p, self._table(), precision=jax.lax.Precision.HIGHEST)
+        return QuantizerOutput(z_q=z_q, ids=ids, losses={"kl": self._divergence(logits)})
+
+    def codes(self, ids: Int[Array, "b h w"]) -> Float[Array, "b h w d"]:
+        return self._table()[ids]
+
+    def temperature(self, step: Int[Array, ""] | None) -> Float[Array, ""]:
+        """At a step; at the end of the schedule without one."""
+        start, end = self.config.temperature_start, self.config.temperature_end
+        if step is None:
+            return jnp.asarray(end, jnp.float32)
+        progress = jnp.minimum(step / self.config.temperature_steps, 1.0)
+        return end + (start - end) * (1 + jnp.cos(jnp.pi * progress)) / 2
+
+    def _table(self) -> Float[Array, "n d"]:
+        codebook = self.codebook[...]
+        return codebook if self.used is None else codebook[self.used[...]]
+
+    def _divergence(self, logits: Float[Array, "b h w n"]) -> Float[Array, ""]:
+        """From the uniform distribution over the whole table, whatever part of it is in use."""
+        p = jax.nn.softmax(logits, axis=-1)
+        divergence = jnp.sum(p * jnp.log(p * self.config.codebook_size + 1e-10), axis=-1)
+        return self.config.kl_weight * jnp.mean(divergence)
