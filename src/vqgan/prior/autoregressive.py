@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from vqgan.nn import fold
+from vqgan.prior.conditions import Condition
 from vqgan.prior.transformer import Prior, token_log_prob
 
 
@@ -22,7 +23,7 @@ def corrupt(
 def loss(
     prior: Prior,
     ids: Int[Array, "b h w"],
-    condition: Int[Array, "b"] | None = None,
+    condition: Condition | None = None,
     *,
     pkeep: float = 1.0,
     key: Key[Array, ""] | None = None,

@@ -28,17 +28,18 @@ class KVCache:
 
     def write(
         self,
-        keys: Float[Array, "b n 1 d"],
-        values: Float[Array, "b n 1 d"],
+        keys: Float[Array, "b n m d"],
+        values: Float[Array, "b n m d"],
         position: Int[Array, ""],
     ) -> "KVCache":
-        """This cache with the keys and values of one position put in."""
+        """This cache with the keys and values of `m` positions put in, the first at `position`."""
         start = (0, 0, position, 0)
         return KVCache(
             keys=jax.lax.dynamic_update_slice(self.keys, keys, start),
             values=jax.lax.dynamic_update_slice(self.values, values, start),
         )
 
-    def mask(self, position: Int[Array, ""]) -> Bool[Array, "1 s"]:
-        """Which slots a query at `position` sees: those written up to and with its own."""
-        return (jnp.arange(self.keys.shape[2]) <= position)[None]
+    def mask(self, position: Int[Array, ""], queries: int) -> Bool[Array, "{queries} s"]:
+        """Which slots each of the queries from `position` on sees: those up to and with its own."""
+        own = position + jnp.arange(queries)[:, None]
+        return jnp.arange(self.keys.shape[2])[None] <= own

@@ -1,14 +1,25 @@
-"""Stage 2: the prior. A decoder-only transformer over the tokenizer's codes in raster order.
+"""Stage 2: the prior. A decoder-only transformer over the tokenizer's codes.
 
     slot       0          1      2      ...  t-1
     input      condition  id_0   id_1   ...  id_{t-2}
     predicts   id_0       id_1   id_2   ...  id_{t-1}
 
 The condition is a class, or the null class, which stands for none: it is learned through label
-dropout and used for unconditional sampling and for guidance. By configuration this is the paper's
-minGPT (arXiv:2012.09841) or a LlamaGen-like transformer (arXiv:2406.06525), the default.
+dropout and used for unconditional sampling and for guidance. Or it is a grid of p codes of another
+tokenizer, the prefix, as where an image is drawn after a depth map:
 
-Shape letters: b images, h w the grid, t = h w slots, d width, n heads, k codes.
+    slot       0    ...  p-2      p-1      p     ...  p+t-2
+    input      c_0  ...  c_{p-2}  c_{p-1}  id_0  ...  id_{t-2}
+    predicts                      id_0     id_1  ...  id_{t-1}
+
+Every slot sees itself and those before it. id_i is the code drawn i-th, by default in raster order;
+outside of the transformer, ids and logits are grids in any case.
+
+By configuration this is the paper's minGPT (arXiv:2012.09841) or a LlamaGen-like transformer
+(arXiv:2406.06525), the default.
+
+Shape letters: b images, h w the grid, t = h w codes or any number of slots, p slots of the
+condition, s slots of a cache, d width, n heads, k codes.
 """
 
 from dataclasses import dataclass
@@ -19,12 +30,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from vqgan.errors import InputError
 from vqgan.nn import dropout, fold, rotary_table, rotate
 from vqgan.prior.cache import KVCache
-from vqgan.prior.sampling import Sampling, autoregressive, is_known
+from vqgan.prior.conditions import (
+    CodePrefix,
+    Condition,
+    check_range,
+    class_rows,
+    drop_classes,
+    prefix_rows,
+)
+from vqgan.prior.sampling import Sampling, autoregressive
 from vqgan.serialization import Pretrained
 
 # Of minGPT and LlamaGen, for embeddings and every linear layer; biases start at 0.
@@ -42,7 +61,14 @@ class PriorConfig:
     grid: tuple[int, int]
     """Rows and columns of the code grid. Rotary positions sample other grids too."""
     num_classes: int = 0
-    """0 is an unconditional prior."""
+    """0 is an unconditional prior, or one with a prefix."""
+    null_class: bool = True
+    """Whether there is a class that stands for none. Guidance, label dropout and sampling without a
+    class need it; an unconditional prior has no other."""
+    prefix: CodePrefix | None = None
+    """Codes of another tokenizer as the condition, in place of a class; learned positions only."""
+    order: tuple[int, ...] = ()
+    """Raster positions in the order in which their codes are drawn; empty is raster order."""
     depth: int = 12
     heads: int = 12
     width: int = 768
@@ -75,8 +101,24 @@ class PriorConfig:
             return 4 * self.width
         return -(-(8 * self.width // 3) // self.mlp_multiple) * self.mlp_multiple
 
+    @property
+    def condition_slots(self) -> int:
+        """Slots of the condition."""
+        return 1 if self.prefix is None else self.prefix.length
+
+    @property
+    def condition_rows(self) -> int:
+        """Rows of the condition's embedding."""
+        if self.prefix is not None:
+            return self.prefix.codebook_size
+        return self.num_classes + int(self.null_class)
+
+    def slots(self, grid: tuple[int, int]) -> int:
+        """Slots of the condition and of a grid's codes, the last one excepted."""
+        return self.condition_slots + grid[0] * grid[1] - 1
+
     def check(self) -> None:
-        """Raises InputError where sizes do not fit together."""
+        """Raises InputError where settings do not fit together."""
         sizes = (self.codebook_size, *self.grid, self.depth, self.heads, self.width)
         if min(sizes) < 1 or self.num_classes < 0 or self.mlp_multiple < 1:
             raise InputError(f"prior: every size must be positive, not {sizes}")
@@ -84,6 +126,28 @@ class PriorConfig:
             raise InputError(f"prior: width {self.width} is not a multiple of heads {self.heads}")
         if self.position == "rope2d" and self.head_dim % 4:
             raise InputError(f"prior: rope2d needs width / heads, {self.head_dim}, divisible by 4")
+        rows, columns = self.grid
+        if self.order and sorted(self.order) != list(range(rows * columns)):
+            raise InputError(
+                f"prior: order must hold each of 0 to {rows * columns - 1}, the positions of "
+                f"grid {self.grid}, once; it has {len(self.order)} entries"
+            )
+        self._check_condition()
+
+    def _check_condition(self) -> None:
+        if not self.null_class and self.num_classes == 0:
+            raise InputError("prior: null_class false needs classes, and num_classes is 0")
+        if not self.null_class and self.label_dropout:
+            raise InputError(
+                f"prior: label_dropout {self.label_dropout} needs null_class; set it 0"
+            )
+        if self.prefix is None:
+            return
+        self.prefix.check()
+        if self.num_classes:
+            raise InputError(f"prior: a prefix and {self.num_classes} classes; it takes only one")
+        if self.position != "learned":
+            raise InputError(f"prior: a prefix needs position learned, not {self.position}")
 
 
 def _linear(inputs: int, outputs: int, config: PriorConfig, bias: bool, rngs: nnx.Rngs):
@@ -99,7 +163,7 @@ def _norm(config: PriorConfig, rngs: nnx.Rngs) -> nnx.LayerNorm | nnx.RMSNorm:
 
 
 class Attention(nnx.Module):
-    """Causal self-attention: of a whole sequence, or of one position over a cache."""
+    """Causal self-attention: of a whole sequence, or of its next slots over a cache."""
 
     def __init__(self, config: PriorConfig, *, rngs: nnx.Rngs):
         self.heads = config.heads
@@ -122,14 +186,14 @@ class Attention(nnx.Module):
 
     def step(
         self,
-        x: Float[Array, "b 1 d"],
-        rotation: Float[Array, "1 pairs 2"] | None,
+        x: Float[Array, "b m d"],
+        rotation: Float[Array, "m pairs 2"] | None,
         cache: KVCache,
-        position: Int[Array, ""],
-    ) -> tuple[Float[Array, "b 1 d"], KVCache]:
+        slot: Int[Array, ""],
+    ) -> tuple[Float[Array, "b m d"], KVCache]:
         q, k, v = self._project(x, rotation)
-        cache = cache.write(k, v, position)
-        mask = cache.mask(position)
+        cache = cache.write(k, v, slot)
+        mask = cache.mask(slot, x.shape[1])
         attended = attend(q, cache.keys, cache.values, mask, rate=0.0, key=None)
         return self._merge(attended), cache
 
@@ -223,22 +287,23 @@ class Block(nnx.Module):
 
     def step(
         self,
-        x: Float[Array, "b 1 d"],
-        rotation: Float[Array, "1 pairs 2"] | None,
+        x: Float[Array, "b m d"],
+        rotation: Float[Array, "m pairs 2"] | None,
         cache: KVCache,
-        position: Int[Array, ""],
-    ) -> tuple[Float[Array, "b 1 d"], KVCache]:
-        attended, cache = self.attention.step(self.norm1(x), rotation, cache, position)
+        slot: Int[Array, ""],
+    ) -> tuple[Float[Array, "b m d"], KVCache]:
+        attended, cache = self.attention.step(self.norm1(x), rotation, cache, slot)
         x = x + attended
         return x + self.mlp(self.norm2(x)), cache
 
 
 class Prior(Pretrained):
-    """A distribution over grids of codes, given a class or nothing.
+    """A distribution over grids of codes, given a condition or nothing.
 
-    A condition is an int32 class an image, in [0, num_classes), or None. `__call__`, `log_prob` and
-    `sample` are compiled once a shape and also work inside a caller's own `jax.jit`, where
-    the values of ids, classes and numbers cannot be checked.
+    A condition is an int32 class an image, in [0, num_classes), or None; with a prefix, int32
+    `[b, y, x]` codes of the other tokenizer. `__call__`, `log_prob` and `sample` are compiled once
+    a shape and also work inside a caller's own `jax.jit`, where the values of ids, conditions and
+    numbers cannot be checked.
     """
 
     config_class = PriorConfig
@@ -248,12 +313,10 @@ class Prior(Pretrained):
         super().__init__(config, rngs=rngs)
         embed = partial(nnx.Embed, features=config.width, embedding_init=_init, rngs=rngs)
         dtype = jnp.dtype(config.dtype)
-        self.condition = embed(config.num_classes + 1, dtype=dtype)
+        self.condition = embed(config.condition_rows, dtype=dtype)
         self.tokens = embed(config.codebook_size, dtype=dtype)
-        rows, columns = config.grid
-        self.positions = (
-            embed(rows * columns, dtype=dtype) if config.position == "learned" else None
-        )
+        slots = config.slots(config.grid)
+        self.positions = embed(slots, dtype=dtype) if config.position == "learned" else None
         self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.depth)])
         self.norm = _norm(config, rngs)
         self.head = _linear(config.width, config.codebook_size, config, False, rngs)
@@ -261,29 +324,29 @@ class Prior(Pretrained):
     def __call__(
         self,
         ids: Int[Array, "b h w"],
-        condition: Int[Array, "b"] | None = None,
+        condition: Condition | None = None,
         *,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "b h w k"]:
-        """Logits of every id given the condition and the ids before it.
+        """Logits of every id given the condition and the ids drawn before it.
 
         Args:
           key: turns dropout and label dropout on; None is evaluation.
 
         Raises:
-          InputError: a grid, an id or a class that does not fit.
+          InputError: a grid, an id or a condition that does not fit.
         """
         return self._logits(ids, self._checked(ids, condition), key)
 
     def log_prob(
-        self, ids: Int[Array, "b h w"], condition: Int[Array, "b"] | None = None
+        self, ids: Int[Array, "b h w"], condition: Condition | None = None
     ) -> Float[Array, "b"]:
         """Natural-log likelihood of each image's codes. Raises InputError as the call does."""
         return self._log_prob(ids, self._checked(ids, condition))
 
     def sample(
         self,
-        condition: Int[Array, "b"] | None = None,
+        condition: Condition | None = None,
         *,
         rng: Key[Array, ""],
         batch: int | None = None,
@@ -296,7 +359,7 @@ class Prior(Pretrained):
         """Draws grids of codes, deterministically in `rng`.
 
         Args:
-          condition: a class an image, or None.
+          condition: a class or a grid of codes an image, or None.
           batch: number of images where there is no condition; by default 1.
           grid: rows and columns, by default the config's; learned positions have no other.
           temperature: divides the logits; 0 takes the likeliest code.
@@ -305,108 +368,135 @@ class Prior(Pretrained):
           guidance: scale of classifier-free guidance; away from 1, every step runs twice the batch.
 
         Raises:
-          InputError: a class, the grid or a number is out of range.
+          InputError: a condition, the grid or a number does not fit or is out of range.
         """
         sampling = Sampling.of(temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance)
-        if condition is None and sampling.guidance is not None:
-            raise InputError(f"guidance {guidance}: needs a condition to lead away from")
+        if sampling.guidance is not None:
+            self._check_guidance(guidance, condition)
         if condition is not None and batch not in (None, len(condition)):
             raise InputError(f"batch {batch}: does not match the {len(condition)} conditions")
         size = (batch or 1) if condition is None else len(condition)
         grid = self.config.grid if grid is None else grid
         self._check_grid(grid)
-        return self._sample(self._classes(condition, size), rng, sampling, grid)
+        return self._sample(self._condition_rows(condition, size), rng, sampling, grid)
 
-    def _checked(self, ids: Array, condition: Array | None) -> Int[Array, "b"]:
-        """Classes of a batch of ids, after both were checked."""
+    def _checked(self, ids: Array, condition: Array | None) -> Int[Array, "b p"]:
+        """Rows of the condition of a batch of ids, after both were checked."""
         self._check_grid(ids.shape[1:])
-        _check_range("id", ids, self.config.codebook_size)
-        return self._classes(condition, len(ids))
+        check_range("id", ids, self.config.codebook_size)
+        return self._condition_rows(condition, len(ids))
 
     def _check_grid(self, grid: tuple[int, ...]) -> None:
-        if self.config.position == "learned" and tuple(grid) != self.config.grid:
-            raise InputError(f"grid {tuple(grid)}: learned positions need {self.config.grid}")
+        config = self.config
+        if tuple(grid) == config.grid:
+            return
+        if config.position == "learned":
+            raise InputError(f"grid {tuple(grid)}: learned positions need {config.grid}")
+        if config.order:
+            raise InputError(f"grid {tuple(grid)}: the order of drawing needs {config.grid}")
 
-    def _classes(self, condition: Array | None, batch: int) -> Int[Array, "b"]:
-        """Rows of the condition's embedding; the last one, `num_classes`, is the null class."""
+    def _check_guidance(self, scale: Any, condition: Array | None) -> None:
+        if self.config.prefix is not None or not self.config.null_class:
+            raise InputError(f"guidance {scale}: this prior has no null class to lead away from")
         if condition is None:
-            return jnp.full(batch, self.config.num_classes, jnp.int32)
-        if self.config.num_classes == 0:
-            raise InputError("a condition: this prior is unconditional, leave it out")
-        if len(condition) != batch:
-            raise InputError(f"{len(condition)} conditions for {batch} images: one each is needed")
-        _check_range("class", condition, self.config.num_classes)
-        return jnp.asarray(condition, jnp.int32)
+            raise InputError(f"guidance {scale}: needs a condition to lead away from")
+
+    def _condition_rows(self, condition: Array | None, batch: int) -> Int[Array, "b p"]:
+        config = self.config
+        if config.prefix is not None:
+            return prefix_rows(condition, batch, config.prefix)
+        return class_rows(condition, batch, config.num_classes, config.null_class)
 
     @jax.jit
     def _logits(
-        self, ids: Int[Array, "b h w"], classes: Int[Array, "b"], key: Key[Array, ""] | None
+        self, ids: Int[Array, "b h w"], rows: Int[Array, "b p"], key: Key[Array, ""] | None
     ) -> Float[Array, "b h w k"]:
         config = self.config
         b, h, w = ids.shape
-        if key is not None:
-            dropped = jax.random.bernoulli(
-                jax.random.fold_in(key, 0), config.label_dropout, classes.shape
-            )
-            classes = jnp.where(dropped, config.num_classes, classes)
-        before = ids.reshape(b, h * w)[:, :-1]
-        x = jnp.concatenate([self.condition(classes)[:, None], self.tokens(before)], axis=1)
-        if self.positions is not None:
-            x = x + self.positions.embedding[...].astype(x.dtype)[None]
+        if key is not None and config.num_classes and config.null_class:
+            drop_key = jax.random.fold_in(key, 0)
+            rows = drop_classes(rows, config.num_classes, config.label_dropout, drop_key)
+        before = self._drawn(ids.reshape(b, h * w))[:, :-1]
+        x = jnp.concatenate([self.condition(rows), self.tokens(before)], axis=1)
+        x = self._placed(x, jnp.arange(x.shape[1]))
         x = dropout(x, config.dropout, fold(key, 1))
         rotation = self._rotation((h, w))
         for i, block in enumerate(self.blocks):
             run = jax.checkpoint(Block.__call__) if config.remat else Block.__call__
             x = run(block, x, rotation, fold(key, 2 + i))
-        return self._predict(x).reshape(b, h, w, -1)
+        logits = self._predict(x[:, config.condition_slots - 1 :])
+        return self._raster(logits).reshape(b, h, w, -1)
 
     @jax.jit
-    def _log_prob(self, ids: Int[Array, "b h w"], classes: Int[Array, "b"]) -> Float[Array, "b"]:
-        return token_log_prob(self._logits(ids, classes, None), ids).sum((1, 2))
+    def _log_prob(self, ids: Int[Array, "b h w"], rows: Int[Array, "b p"]) -> Float[Array, "b"]:
+        return token_log_prob(self._logits(ids, rows, None), ids).sum((1, 2))
 
     @partial(jax.jit, static_argnames="grid")
     def _sample(
         self,
-        classes: Int[Array, "b"],
+        rows: Int[Array, "b p"],
         rng: Key[Array, ""],
         sampling: Sampling,
         grid: tuple[int, int],
     ) -> Int[Array, "b h w"]:
-        config, length = self.config, grid[0] * grid[1]
-        images = len(classes)
+        config, images = self.config, len(rows)
         if sampling.guidance is not None:
-            classes = jnp.concatenate([classes, jnp.full_like(classes, config.num_classes)])
-        shape = (len(classes), config.heads, length, config.head_dim)
+            rows = jnp.concatenate([rows, jnp.full_like(rows, config.num_classes)])
+        inputs = self.condition(rows)
+        shape = (len(rows), config.heads, config.slots(grid), config.head_dim)
         caches = [KVCache.init(shape, config.dtype) for _ in self.blocks]
+        last, rotation = config.condition_slots - 1, self._rotation(grid)
+        if last:
+            before = self._placed(inputs[:, :last], jnp.arange(last))
+            _, caches = self._advance(before, jnp.zeros((), int), caches, rotation)
+
+        def step(x, position, caches):
+            return self._step(x, last + position, caches, rotation=rotation)
+
         ids = autoregressive(
-            partial(self._step, rotation=self._rotation(grid)),
+            step,
             self.tokens,
-            self.condition(classes),
+            inputs[:, last],
             caches,
-            length=length,
+            length=grid[0] * grid[1],
             sampling=sampling,
             rng=rng,
         )
-        return ids.reshape(images, *grid)
+        return self._raster(ids).reshape(images, *grid)
 
     def _step(
         self,
         x: Float[Array, "b d"],
-        position: Int[Array, ""],
+        slot: Int[Array, ""],
         caches: list[KVCache],
         *,
         rotation: Float[Array, "t pairs 2"] | None,
     ) -> tuple[Float[Array, "b k"], list[KVCache]]:
         """Logits after one more input, and the caches with it."""
-        if self.positions is not None:
-            x = x + self.positions(position)[None]
+        x, caches = self._advance(self._placed(x, slot)[:, None], slot, caches, rotation)
+        return self._predict(x)[:, 0], caches
+
+    def _advance(
+        self,
+        x: Float[Array, "b m d"],
+        slot: Int[Array, ""],
+        caches: list[KVCache],
+        rotation: Float[Array, "t pairs 2"] | None,
+    ) -> tuple[Float[Array, "b m d"], list[KVCache]]:
+        """The blocks' output at the inputs of slots from `slot` on, and the caches with them."""
         if rotation is not None:
-            rotation = jax.lax.dynamic_slice_in_dim(rotation, position, 1)
-        x, written = x[:, None], []
+            rotation = jax.lax.dynamic_slice_in_dim(rotation, slot, x.shape[1])
+        written = []
         for block, cache in zip(self.blocks, caches, strict=True):
-            x, cache = block.step(x, rotation, cache, position)
+            x, cache = block.step(x, rotation, cache, slot)
             written.append(cache)
-        return self._predict(x)[:, 0], written
+        return x, written
+
+    def _placed(
+        self, x: Float[Array, "b ... d"], slots: Int[Array, "..."]
+    ) -> Float[Array, "b ... d"]:
+        """Inputs with the learned positions of their slots, where positions are learned."""
+        return x if self.positions is None else x + self.positions(slots)[None]
 
     def _rotation(self, grid: tuple[int, int]) -> Float[Array, "t pairs 2"] | None:
         """The rotary table of the slots: the condition's, then those of the ids but the last."""
@@ -416,10 +506,18 @@ class Prior(Pretrained):
         first = jnp.zeros_like(table[:1])
         if self.config.class_slot_rotation == "identity":
             first = first.at[..., 0].set(1.0)
-        return jnp.concatenate([first, table[:-1]])
+        return jnp.concatenate([first, self._drawn(table[None])[0, :-1]])
 
     def _predict(self, x: Float[Array, "b t d"]) -> Float[Array, "b t k"]:
         return self.head(self.norm(x)).astype(jnp.float32)
+
+    def _drawn(self, x: Shaped[Array, "b t ..."]) -> Shaped[Array, "b t ..."]:
+        """From raster order into the order of drawing."""
+        return x[:, np.array(self.config.order)] if self.config.order else x
+
+    def _raster(self, x: Shaped[Array, "b t ..."]) -> Shaped[Array, "b t ..."]:
+        """From the order of drawing into raster order."""
+        return x[:, np.argsort(self.config.order)] if self.config.order else x
 
 
 def token_log_prob(
@@ -428,13 +526,3 @@ def token_log_prob(
     """Natural-log probability of each id under its logits."""
     chosen = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
-
-
-def _check_range(name: str, values: Any, limit: int) -> None:
-    """Raises InputError for a value outside [0, limit), where this process holds the values now."""
-    if not is_known(values) or not getattr(values, "is_fully_addressable", True):
-        return
-    values = np.asarray(values)
-    wrong = values[(values < 0) | (values >= limit)]
-    if wrong.size:
-        raise InputError(f"{name} {wrong[0]}: this prior has {limit}, 0 to {limit - 1}")

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Key
 from vqgan.data.codes import CodeSource, write_codes
 from vqgan.data.pipeline import eval_batches
 from vqgan.data.sources import ImageSource, open_source
+from vqgan.errors import InputError
 from vqgan.eval.runner import evaluate_prior
 from vqgan.pictures import grid, to_float, to_uint8
 from vqgan.pipeline import Pipeline
@@ -156,7 +157,8 @@ def train_prior(
     def export(state: PriorState, directory: Path) -> None:
         pipeline = averaged(state)
         if jax.process_index() == 0:
-            pipeline.save_pretrained(directory)
+            provenance = {"data": config.data.source, "steps": int(state.step)}
+            pipeline.save_pretrained(directory, provenance=provenance)
 
     state = loop.fit(
         state,
@@ -211,14 +213,22 @@ def _fingerprint(tokenizer: Tokenizer) -> str:
 
 
 def _fitted(config: PriorTraining, tokenizer: Tokenizer, source: ImageSource) -> PriorConfig:
-    """The transformer's config with what the tokenizer and the data dictate."""
+    """The transformer's config with what the tokenizer and the data dictate.
+
+    Raises:
+      InputError: it has a prefix, or does not fit to what is dictated.
+    """
+    if config.model.prefix is not None:
+        raise InputError("model.prefix: no data source has condition images yet; train without it")
     side = config.data.image_size // tokenizer.factor
-    return dataclasses.replace(
+    fitted = dataclasses.replace(
         config.model,
         codebook_size=tokenizer.codebook_size,
         grid=(side, side),
         num_classes=len(source.class_names) if config.class_conditional else 0,
     )
+    fitted.check()
+    return fitted
 
 
 def _samples(pipeline: Pipeline, seed: int, columns: int = 8) -> np.ndarray:
