@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import tyro
 
@@ -25,6 +25,7 @@ _HELP = """usage: vqgan COMMAND [options]       (vqgan COMMAND --help says more)
   train-prior        stage 2: train a prior over a tokenizer's codes
   reconstruct        images through a tokenizer and back
   sample             new images
+  convert            published weights into a model directory, or a model back to PyTorch
   doctor             devices, versions, memory, and what is missing
 """
 
@@ -71,7 +72,26 @@ def _start_jax() -> None:
 
 
 def _parse(kind: Callable[..., T], argv: Sequence[str], command: str, **options: Any) -> T:
-    return tyro.cli(kind, args=argv, prog=f"vqgan {command}", **options)
+    # Of a union of configs, the options are those of the default's class.
+    config = (tyro.conf.AvoidSubcommands,)
+    return tyro.cli(kind, args=argv, prog=f"vqgan {command}", config=config, **options)
+
+
+def _with_quantizer(config: Any, argv: Sequence[str]) -> Any:
+    """A preset with the quantizer that `--model.quantizer.kind` asks for, at its own defaults."""
+    from vqgan.tokenizer.quantizers import QuantizerConfig
+
+    option, model = "--model.quantizer.kind", config.model
+    words = [word for given in argv for word in given.split("=", 1)]
+    if option not in words[:-1] or not hasattr(model, "quantizer"):
+        return config
+    kind, kinds = words[words.index(option) + 1], {c.kind: c for c in get_args(QuantizerConfig)}
+    if kind not in kinds:
+        raise InputError(f"{option} {kind}: there are {', '.join(kinds)}")
+    if kind == model.quantizer.kind:
+        return config
+    model = dataclasses.replace(model, quantizer=kinds[kind]())
+    return dataclasses.replace(config, model=model)
 
 
 def _training(command: str, argv: Sequence[str], presets: dict[str, Callable], extra: type) -> Any:
@@ -84,7 +104,7 @@ def _training(command: str, argv: Sequence[str], presets: dict[str, Callable], e
     preset, *rest = argv
     if preset not in presets:
         raise InputError(f"{command}: no preset {preset!r}; there are {names}")
-    default = presets[preset]()
+    default = _with_quantizer(presets[preset](), rest)
     options = _parse(extra, rest, f"{command} {preset}", default=extra(config=default))
     if options.out is None:
         raise InputError(f"{command}: where to? Give --out DIR, a directory for the run")
@@ -181,11 +201,11 @@ def _demo(argv: Sequence[str]) -> None:
 
 
 def _reconstruct(argv: Sequence[str]) -> None:
-    def options(model: Path, images: tuple[Path, ...], out: Path, size: int = 0) -> Any:
+    def options(model: str, images: tuple[Path, ...], out: Path, size: int = 0) -> Any:
         """Images through a tokenizer and back: a PNG file each, of the input beside the output.
 
         Args:
-            model: Directory of a tokenizer or of a run.
+            model: Directory of a tokenizer or of a run, or owner/name on the Hugging Face hub.
             images: Files or folders.
             out: Directory for the pictures.
             size: Side length to resize and crop to; 0 keeps each image's own size, less what the
@@ -202,7 +222,7 @@ def _reconstruct(argv: Sequence[str]) -> None:
 
 def _sample(argv: Sequence[str]) -> None:
     def options(
-        model: Path,
+        model: str,
         out: Path,
         classes: Annotated[tuple[str, ...], tyro.conf.arg(name="class")] = (),
         n: Annotated[int, tyro.conf.arg(aliases=("-n",))] = 8,
@@ -215,7 +235,7 @@ def _sample(argv: Sequence[str]) -> None:
         """New images: a PNG file each, and all of them in grid.png.
 
         Args:
-            model: Directory of a pipeline or of a train-prior run.
+            model: Directory of a pipeline or of a train-prior run, or owner/name on the hub.
             out: Directory for the pictures.
             classes: Names or numbers of classes, `-n` images each; all classes if left out.
             n: Images a class, or in all where the prior is unconditional.
@@ -240,6 +260,65 @@ def _sample(argv: Sequence[str]) -> None:
     sample(model, classes, n, out, seed=seed, **sampling)
 
 
+def _convert(argv: Sequence[str]) -> None:
+    def options(
+        src: tyro.conf.Positional[Path],
+        dst: tyro.conf.Positional[Path],
+        format: str = "auto",
+        config: Path | None = None,
+        weights: Literal["ema", "raw"] = "ema",
+        to: str | None = None,
+        unverified: bool = False,
+        licence: str | None = None,
+    ) -> Any:
+        """Published weights into a model directory, or a tokenizer of ours in a published format.
+
+        Args:
+            src: A file of weights, a directory that holds one, or with --to a model of ours.
+            dst: The model directory to write; with --to, the file or directory of that format.
+            format: Of what is read, out of the list below; "auto" goes by the tensors' names.
+            config: The published YAML or JSON, where it does not lie beside the weights.
+            weights: Which to take where a file has both: moving averages, or the trained ones.
+            to: Write this format, out of those marked with a star below, instead of reading one.
+            unverified: Take LPIPS weights that are not the published ones.
+            licence: Of the weights, to be noted in provenance.json and on a model card.
+        """
+        return src, dst, format, config, weights, to, unverified, licence
+
+    if any(word in ("-h", "--help") for word in argv):
+        from vqgan.convert.families import describe
+
+        try:
+            _parse(options, argv, "convert")
+        finally:
+            print(describe(), end="")
+    src, dst, format, config, weights, to, unverified, licence = _parse(options, argv, "convert")
+    from vqgan import convert
+
+    if to is not None:
+        notes = convert.export(src, dst, format=to)
+        print(f"{src} written as {to}: {dst}")
+    else:
+        imported = convert.convert(
+            src,
+            dst,
+            format=format,
+            config=config,
+            weights=weights,
+            unverified=unverified,
+            licence=licence,
+        )
+        notes = imported.notes
+        print(f"{src} is {imported.format}; {', '.join((_kind(imported.model), *imported.parts))}")
+        print(f"written to {dst}")
+    for note in notes:
+        print(f"note: {note}")
+
+
+def _kind(model: Any) -> str:
+    return type(model).__name__.lower()
+
+
 def _doctor(argv: Sequence[str]) -> None:
     def options() -> None:
         """Devices, versions, memory, and what is missing."""
@@ -256,5 +335,6 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train-prior": _train_prior,
     "reconstruct": _reconstruct,
     "sample": _sample,
+    "convert": _convert,
     "doctor": _doctor,
 }

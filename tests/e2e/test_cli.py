@@ -8,11 +8,15 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 import tiny
+from flax import nnx
 
+from vqgan.adversarial.patchgan import PatchGAN, PatchGANConfig
 from vqgan.cli import main
 from vqgan.pipeline import Pipeline
+from vqgan.serialization import flat_weights
 from vqgan.tokenizer.model import Tokenizer
 
 
@@ -82,6 +86,27 @@ def test_from_a_folder_to_new_images(trained, data, tmp_path, capsys):
     assert names == {"odd_0000.png", "odd_0001.png", "even_0000.png", "even_0001.png", "grid.png"}
     for name in names:  # one seed, one picture
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_run_that_starts_from_a_model(trained, data, tmp_path):
+    """Its architecture is the model's, whatever the options say; without a rate it stays as it is.
+
+    The discriminator that lies beside it comes along.
+    """
+    start = tmp_path / "start"
+    shutil.copytree(trained / "tokenizer" / "model", start)
+    judge = PatchGAN(PatchGANConfig(base_channels=8, num_layers=1), rngs=nnx.Rngs(5))
+    judge.save_pretrained(start / "discriminator")
+    more = f"--init-from {start} --steps 1 --optim.lr 0 --disc-optim.lr 0 --loss.disc-start 0"
+    command = tiny.tokenizer_command(data, tmp_path / "run", *more.split())
+    main([*command, "--model.autoencoder.z-channels", "16"])
+    before, after = (Tokenizer.from_pretrained(place) for place in (start, tmp_path / "run"))
+    assert after.config == before.config
+    for name, value in flat_weights(before).items():
+        if not name.startswith("quantizer.batches"):
+            np.testing.assert_array_equal(flat_weights(after)[name], value, err_msg=name)
+    written = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert written["config"]["discriminator"]["base_channels"] == 8
 
 
 def test_help_and_doctor(capsys):
