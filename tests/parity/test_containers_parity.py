@@ -130,6 +130,7 @@ def test_a_training_checkpoint(save):
             "marked": marked,
             "args": argparse.Namespace(vq_model="VQ-16"),
             "hyper_parameters": omegaconf.OmegaConf.create(config),
+            "missing": omegaconf.DictConfig("???"),
             "callbacks": {torch.nn.Linear: {"best": 0.25}},
             "size": model[0].weight.shape,
             "dtype": torch.float32,

@@ -402,6 +402,7 @@ LEFTOVERS = {
     "empty": np.zeros((0, 2)),
     "words": np.array(["no", "tensor"]),
     "objects": np.array([None, 1], object),
+    "fields": [np.zeros(2, [("a", "f4")]), np.dtype([("a", "f4")])],
     "bytes": [b"", b"raw", bytearray(b"raw")],
     1: {(2, "x"): 3},
 }

@@ -109,20 +109,13 @@ def _inferred(found: Found, *, where: str) -> VQModelConfig:
     """The config as far as the names and shapes of the tensors tell it."""
 
     def shape(name: str, rank: int = 4) -> tuple[int, ...]:
-        if name not in found or len(found[name].shape) != rank:
-            raise InputError(f"{where}: {name} is missing or not of {rank} dimensions")
-        return found[name].shape
-
-    def count(pattern: str) -> int:
-        """One more than the largest number that stands where the pattern has a group."""
-        matches = (re.match(pattern, name) for name in found)
-        return 1 + max((int(match[1]) for match in matches if match), default=0)
+        return table.shape_of(found, name, rank, where=where)
 
     def types(side: str, kinds: tuple[str, str]) -> tuple[str, ...]:
         attended = (f"{side}.{i}.attentions.0.group_norm.weight" in found for i in range(levels))
         return tuple(kinds[name] for name in attended)
 
-    levels = count(r"encoder\.down_blocks\.(\d+)\.")
+    levels = max(table.count(found, r"encoder\.down_blocks\.(\d+)\."), 1)
     blocks = (f"encoder.down_blocks.{i}.resnets.0.conv1.weight" for i in range(levels))
     codes, dim = shape("quantize.embedding.weight", 2)
     return VQModelConfig(
@@ -131,7 +124,7 @@ def _inferred(found: Found, *, where: str) -> VQModelConfig:
         down_block_types=types("encoder.down_blocks", _DOWN),
         up_block_types=types("decoder.up_blocks", _UP),
         block_out_channels=tuple(shape(name)[0] for name in blocks),
-        layers_per_block=count(r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
+        layers_per_block=table.count(found, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
         latent_channels=shape("encoder.conv_out.weight")[0],
         sample_size=256,
         num_vq_embeddings=codes,

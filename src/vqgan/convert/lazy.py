@@ -174,6 +174,8 @@ def _leaves(root: Any, place: Callable[[Any], Any]) -> Iterator[tuple[str, Any]]
         if not isinstance(found, dict | list | tuple):
             yield name, found
         elif id(node) not in opened and id(node) not in above:
+            if len(left) + len(found) > MAX_ENTRIES:
+                break
             if found is not node:
                 opened.add(id(node))
             items = found.items() if isinstance(found, dict) else enumerate(found)

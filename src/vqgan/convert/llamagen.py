@@ -157,20 +157,6 @@ def _check_shapes_agree(told: Mapping[str, Any], shapes: Mapping[str, Any], wher
         raise InputError(f"{where}: its config does not fit: {'; '.join(problems)}")
 
 
-def _shape(found: Found, name: str, rank: int, where: str) -> tuple[int, ...]:
-    if name not in found:
-        raise InputError(f"{where}: {name} is missing")
-    if len(found[name].shape) != rank:
-        raise InputError(f"{where}: {name} has shape {found[name].shape}, not {rank} axes")
-    return found[name].shape
-
-
-def _count(found: Mapping[str, Any], pattern: str) -> int:
-    """One more than the largest number that stands where the pattern has a group."""
-    matches = (re.match(pattern, name) for name in found)
-    return 1 + max((int(match[1]) for match in matches if match), default=-1)
-
-
 # The tokenizer.
 
 
@@ -215,7 +201,7 @@ def _tokenizer_config(source: Source, found: Found, notes: list[str]) -> Tokeniz
             f"trained with entropy_loss_ratio {args.entropy_loss_ratio}, which is not here"
         )
     autoencoder = _autoencoder_config(found, args, where)
-    codes, dim = _shape(found, "quantize.embedding.weight", 2, where)
+    codes, dim = table.shape_of(found, "quantize.embedding.weight", 2, where=where)
     multipliers = list(autoencoder.channel_multipliers)
     shapes = {
         "codebook_size": codes,
@@ -237,20 +223,22 @@ def _tokenizer_config(source: Source, found: Found, notes: list[str]) -> Tokeniz
 
 
 def _autoencoder_config(found: Found, args: _TokenizerArgs, where: str) -> AutoencoderConfig:
-    base, channels = _shape(found, "encoder.conv_in.weight", 4, where)[:2]
-    level = range(_count(found, r"encoder\.conv_blocks\.(\d+)\."))
+    base, channels = table.shape_of(found, "encoder.conv_in.weight", 4, where=where)[:2]
+    level = range(table.count(found, r"encoder\.conv_blocks\.(\d+)\."))
     blocks = [f"encoder.conv_blocks.{i}" for i in level]
-    widths = [_shape(found, f"{block}.res.0.conv1.weight", 4, where)[0] for block in blocks]
+    widths = [
+        table.shape_of(found, f"{block}.res.0.conv1.weight", 4, where=where)[0] for block in blocks
+    ]
     attends = [f"{block}.attn.0.q.weight" in found for block in blocks]
     return AutoencoderConfig(
         in_channels=channels,
-        out_channels=_shape(found, "decoder.conv_out.weight", 4, where)[0],
+        out_channels=table.shape_of(found, "decoder.conv_out.weight", 4, where=where)[0],
         base_channels=base,
         channel_multipliers=tuple(width // base for width in widths),
-        num_res_blocks=_count(found, r"encoder\.conv_blocks\.0\.res\.(\d+)\."),
+        num_res_blocks=table.count(found, r"encoder\.conv_blocks\.0\.res\.(\d+)\."),
         attention_resolutions=tuple(args.image_size // 2**i for i in level if attends[i]),
         resolution=args.image_size,
-        z_channels=_shape(found, "encoder.conv_out.weight", 4, where)[0],
+        z_channels=table.shape_of(found, "encoder.conv_out.weight", 4, where=where)[0],
         dropout=args.dropout_p,
     )
 
@@ -349,8 +337,8 @@ def prior_config(source: Source, found: Found, notes: list[str]) -> PriorConfig:
     _derive_dropout(told)
     args = from_json(_PriorArgs, told, where=f"{where}: config")
     _check_prior_args(args, where)
-    codes, width = _shape(found, "tok_embeddings.weight", 2, where)
-    depth = _count(found, r"layers\.(\d+)\.")
+    codes, width = table.shape_of(found, "tok_embeddings.weight", 2, where=where)
+    depth = table.count(found, r"layers\.(\d+)\.")
     classes, null_class = _classes(found, args, where)
     shapes = {"dim": width, "n_layer": depth, "vocab_size": codes, "num_classes": classes}
     _check_shapes_agree(told, shapes, where)
@@ -410,7 +398,7 @@ def _check_prior_args(args: _PriorArgs, where: str) -> None:
 
 def _classes(found: Found, args: _PriorArgs, where: str) -> tuple[int, bool]:
     """The number of classes, and whether the embedding's last row stands for none of them."""
-    rows = _shape(found, "cls_embedding.embedding_table.weight", 2, where)[0]
+    rows = table.shape_of(found, "cls_embedding.embedding_table.weight", 2, where=where)[0]
     null_class = args.class_dropout_prob > 0 and args.num_classes != rows
     return rows - int(null_class), null_class
 
@@ -418,7 +406,7 @@ def _classes(found: Found, args: _PriorArgs, where: str) -> tuple[int, bool]:
 def _check_own_keys(found: Found, width: int, where: str) -> None:
     """Raises InputError where heads share their keys and values."""
     name = "layers.0.attention.wqkv.weight"
-    rows = _shape(found, name, 2, where)[0]
+    rows = table.shape_of(found, name, 2, where=where)[0]
     if rows != 3 * width:
         raise InputError(
             f"{where}: {name} has {rows} rows, not {3 * width}: keys and values that heads share "
@@ -429,7 +417,7 @@ def _check_own_keys(found: Found, width: int, where: str) -> None:
 def _check_mlp(found: Found, config: PriorConfig, where: str) -> None:
     """Raises InputError where the MLP is of another width than ours would be."""
     name = "layers.0.feed_forward.w1.weight"
-    rows = _shape(found, name, 2, where)[0]
+    rows = table.shape_of(found, name, 2, where=where)[0]
     if rows != config.mlp_width:
         raise InputError(
             f"{where}: {name} has {rows} rows, where multiple_of {config.mlp_multiple} makes "
@@ -453,7 +441,7 @@ def _heads(found: Found, args: _PriorArgs, depth: int, width: int, where: str) -
     if args.n_head is not None:
         return args.n_head
     if "freqs_cis" in found:
-        return width // (2 * _shape(found, "freqs_cis", 3, where)[1])
+        return width // (2 * table.shape_of(found, "freqs_cis", 3, where=where)[1])
     sizes = _SIZES.values() if args.gpt_model is None else [_SIZES[args.gpt_model]]
     for size in sizes:
         if size[:2] == (depth, width):
@@ -475,7 +463,7 @@ def _grid(source: Source, found: Found, args: _PriorArgs, notes: list[str]) -> t
     elif args.image_size is not None:
         side = args.image_size // args.downsample_size
     elif "freqs_cis" in found:
-        side = math.isqrt(_shape(found, "freqs_cis", 3, where)[0] - 1)
+        side = math.isqrt(table.shape_of(found, "freqs_cis", 3, where=where)[0] - 1)
     elif named:
         side = int(named[1]) // args.downsample_size
         notes.append(f"a grid of {side} by {side} codes, by the file's name")

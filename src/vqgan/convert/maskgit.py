@@ -15,12 +15,13 @@ with. Which activation it has cannot be told from a file; published ones have sw
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from vqgan.convert import table
+from vqgan.convert.containers import LazyTensor
 from vqgan.convert.source import Imported, Source
-from vqgan.convert.table import Entry, Stored, Table
+from vqgan.convert.table import Entry, Found, Table
 from vqgan.convert.taming import abstract
 from vqgan.errors import InputError
 from vqgan.serialization import from_json
@@ -82,12 +83,12 @@ def _told(source: Source) -> _Published | None:
     return from_json(_Published, known, where=f"{source.path}: config")
 
 
-def _tensors(source: Source) -> dict[str, Stored]:
+def _tensors(source: Source) -> dict[str, LazyTensor]:
     """By their names below `params`, where Flax has that; what is beside it keeps its name."""
     return {name.removeprefix("params."): value for name, value in source.tensors.items()}
 
 
-def _is_flax(found: Mapping[str, Stored]) -> bool:
+def _is_flax(found: Found) -> bool:
     return {"encoder.ResBlock_0.Conv_0.kernel", "quantizer.codebook"} <= found.keys()
 
 
@@ -99,23 +100,23 @@ class _Layers:
       blocks: residual blocks a level, and in each middle.
     """
 
-    def __init__(self, found: Mapping[str, Stored], *, where: str):
+    def __init__(self, found: Found, *, where: str):
         self.found, self.where, self.flax = found, where, _is_flax(found)
         if not self.flax:
-            self.levels = self._count(r"encoder\.down\.(\d+)\.")
-            self.blocks = self._count(r"encoder\.down\.0\.block\.(\d+)\.")
+            self.levels = table.count(found, r"encoder\.down\.(\d+)\.")
+            self.blocks = table.count(found, r"encoder\.down\.0\.block\.(\d+)\.")
             if not self.blocks:
                 raise InputError(f"{where}: encoder.down.0.block.0 is missing")
             return
         # Of the decoder: one at the start, one after each upsampling, one at the end.
-        self.levels = self._count(r"decoder\.Conv_(\d+)\.") - 1
-        total = self._count(r"encoder\.ResBlock_(\d+)\.")
+        self.levels = table.count(found, r"decoder\.Conv_(\d+)\.") - 1
+        total = table.count(found, r"encoder\.ResBlock_(\d+)\.")
         self.blocks = total // (self.levels + 1) if self.levels > 0 else 0
         self._check_flax(total)
 
     def _check_flax(self, total: int) -> None:
         """Raises InputError for what the published code can be configured to and this cannot."""
-        if self._count(r"encoder\.Conv_(\d+)\.") > 2:
+        if table.count(self.found, r"encoder\.Conv_(\d+)\.") > 2:
             problem = "encoder.Conv_2: downsampling by 4x4 convolutions is not here"
         elif "encoder.GroupNorm_0.scale" not in self.found:
             problem = "encoder.GroupNorm_0.scale is missing; other norms are not here"
@@ -127,10 +128,6 @@ class _Layers:
         else:
             return
         raise InputError(f"{self.where}: {problem}")
-
-    def _count(self, pattern: str) -> int:
-        matches = (re.match(pattern, name) for name in self.found)
-        return 1 + max((int(match[1]) for match in matches if match), default=-1)
 
     def rules(self) -> Rules:
         """Our names to theirs."""
@@ -213,12 +210,7 @@ class _Layers:
 
     def _shape(self, ours: str, rank: int) -> tuple[int, ...]:
         name = table.renamed(ours, self.rules())
-        if name not in self.found:
-            raise InputError(f"{self.where}: {name} is missing")
-        shape = self.found[name].shape
-        if len(shape) != rank or not all(shape):
-            raise InputError(f"{self.where}: {name} has shape {shape}, not one of {rank} numbers")
-        return shape
+        return table.shape_of(self.found, name, rank, where=self.where)
 
 
 def _flax_rules(levels: int, blocks: int) -> Rules:

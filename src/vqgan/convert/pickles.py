@@ -50,9 +50,7 @@ def opened(node: Any) -> Any:
     """What a record holds, as a dict or a LazyTensor; any other node as it is."""
     if not isinstance(node, Record):
         return node
-    if node.kind == "numpy.ndarray" and node.state:
-        return _array(*node.state)
-    return {} if node.kind == "numpy.dtype" else node.contents()
+    return node.state if isinstance(node.state, LazyTensor) else node.contents()
 
 
 # What the machine's stack holds besides plain data.
@@ -86,14 +84,15 @@ class Record:
 
     def contents(self) -> dict[Any, Any]:
         """Its attributes and contents; omegaconf's containers and nodes are what they hold."""
+        if self.kind == "numpy.dtype":  # whose state describes fields
+            return {}
         parts = self.state if isinstance(self.state, tuple) else (self.state,)  # dict and slots
         attributes = {k: v for part in parts if isinstance(part, dict) for k, v in part.items()}
         if self.kind.startswith("omegaconf.") and "_content" in attributes:
-            held = attributes["_content"]  # neither, where a value is missing
+            held = attributes["_content"]
             held = dict(enumerate(held)) if isinstance(held, list) else held
-            return (
-                {k: _omegaconf_leaf(v) for k, v in held.items()} if isinstance(held, dict) else {}
-            )
+            held = held if isinstance(held, dict) else {}  # where a value is missing
+            return {key: _omegaconf_leaf(value) for key, value in held.items()}
         # Dicts with attributes hold the same under both.
         return attributes | self.entries | dict(enumerate(self.items))
 
@@ -175,11 +174,11 @@ def _make_scalar(dtype: Any, data: Any = b"") -> Any:
     return np.frombuffer(_raw_bytes(data), of_numbers, count=1).astype(object)[0]
 
 
-def _array(_version: Any, shape: Any, kind: Any, is_fortran: Any, data: Any) -> Any:
-    """The state of a NumPy array as a LazyTensor, or nothing if it is not of numbers."""
+def _array(_version: Any, shape: Any, kind: Any, is_fortran: Any, data: Any) -> LazyTensor | None:
+    """Of the state that pickles give to a NumPy array; None if it is not of numbers."""
     dtype = _dtype(kind)
     if dtype is None:
-        return {}
+        return None
     shape, data = sizes(shape), _raw_bytes(data)
     if len(data) != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"an array of shape {shape} and {dtype} has {len(data)} bytes")
@@ -206,7 +205,7 @@ _MAKERS: Makers = {
     "numpy.core.multiarray._reconstruct": lambda *_: Record("numpy.ndarray"),
     "numpy.core.multiarray.scalar": _make_scalar,
     "numpy.core.numeric._frombuffer": lambda data, dtype, shape, order, *_: Record(
-        "numpy.ndarray", state=(1, shape, dtype, order == "F", data)
+        "numpy.ndarray", state=_array(1, shape, dtype, order == "F", data)
     ),
     **{
         f"{module}.{pure}{system}Path": lambda *parts: str(PurePosixPath(*parts))
@@ -312,14 +311,16 @@ class _Machine:
         return Symbol(module, name, make)
 
     def call(self, callee: Any, arguments: Any) -> None:
-        if not isinstance(arguments, tuple):
-            raise ValueError("a pickle that calls without arguments")
-        nests = [part for part in arguments if isinstance(part, list | dict | tuple)]
-        texts = [part for part in arguments if isinstance(part, str | bytes | bytearray)]
-        self.left -= sum(len(part) * 8 for part in nests) + sum(map(len, texts))
+        self.spend(arguments)
+        self.push(apply(callee, arguments))
+
+    def spend(self, parts: Any) -> None:
+        """Counts what may be copied of the parts of a tuple."""
+        for part in parts if isinstance(parts, tuple) else ():
+            if isinstance(part, str | bytes | bytearray | list | dict | tuple):
+                self.left -= len(part) * (1 if isinstance(part, str | bytes | bytearray) else 8)
         if self.left < 0:
             raise ValueError("a pickle that repeats itself beyond all use")
-        self.push(apply(callee, arguments))
 
     def new_with_keywords(self, _: Any) -> None:
         self.stack.pop()  # nothing known here takes any
@@ -332,8 +333,9 @@ class _Machine:
     def build(self, _: Any) -> None:
         """State is kept by records; attributes of dicts and tensors are not."""
         state, target = self.stack.pop(), self.stack[-1]
+        self.spend(state)
         if isinstance(target, Record):
-            target.state = state
+            target.state = _array(*state) if target.kind == "numpy.ndarray" else state
 
 
 def _pairs(flat: list[Any]) -> dict:

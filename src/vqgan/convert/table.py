@@ -21,7 +21,6 @@ from vqgan.tokenizer.quantizers import CodebookStat
 M = TypeVar("M", bound=nnx.Module)
 Found = Mapping[str, LazyTensor]
 """What a file holds, by its own names."""
-Stored = LazyTensor
 Rules = Sequence[tuple[str, str | Callable[[re.Match], str]]]
 """Regular expressions, and what takes the place of what they match."""
 
@@ -61,6 +60,29 @@ class Entry:
 
 
 Table = dict[str, Entry]
+
+
+def shape_of(found: Found, name: str, rank: int, *, where: str) -> tuple[int, ...]:
+    """The shape of a tensor that tells of an architecture.
+
+    Raises:
+      InputError: it is missing, or has another number of axes, or nothing in it.
+    """
+    if name not in found:
+        raise InputError(f"{where}: {name} is missing")
+    shape = found[name].shape
+    if len(shape) != rank or not all(shape):
+        raise InputError(f"{where}: {name} has shape {shape}, not one of {rank} numbers")
+    return shape
+
+
+def count(found: Found, pattern: str) -> int:
+    """How many there are of what is numbered: one more than the largest number in any name.
+
+    The expression has a group where the number stands.
+    """
+    matches = (re.match(pattern, name) for name in found)
+    return 1 + max((int(match[1]) for match in matches if match), default=-1)
 
 
 def renamed(name: str, rules: Rules) -> str:

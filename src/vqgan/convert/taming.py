@@ -225,17 +225,10 @@ def infer_autoencoder(found: Found, *, where: str, resolution: int = 256) -> Aut
     """
 
     def shape(name: str) -> tuple[int, ...]:
-        if name not in found:
-            raise InputError(f"{where}: {name} is missing")
-        return found[name].shape
-
-    def count(pattern: str) -> int:
-        """One more than the largest number that stands where the pattern has a group."""
-        matches = (re.match(pattern, name) for name in found)
-        return 1 + max((int(match[1]) for match in matches if match), default=-1)
+        return table.shape_of(found, name, 4, where=where)
 
     base, channels = shape("encoder.conv_in.weight")[:2]
-    levels = max(count(r"encoder\.down\.(\d+)\."), 1)
+    levels = max(table.count(found, r"encoder\.down\.(\d+)\."), 1)
     widths = [shape(f"encoder.down.{i}.block.0.conv1.weight")[0] for i in range(levels)]
     with_attention = (i for i in range(levels) if f"encoder.down.{i}.attn.0.q.weight" in found)
     return AutoencoderConfig(
@@ -243,7 +236,7 @@ def infer_autoencoder(found: Found, *, where: str, resolution: int = 256) -> Aut
         out_channels=shape("decoder.conv_out.weight")[0],
         base_channels=base,
         channel_multipliers=tuple(width // base for width in widths),
-        num_res_blocks=count(r"encoder\.down\.0\.block\.(\d+)\."),
+        num_res_blocks=table.count(found, r"encoder\.down\.0\.block\.(\d+)\."),
         attention_resolutions=tuple(resolution // 2**i for i in with_attention),
         resolution=resolution,
         z_channels=shape("encoder.conv_out.weight")[0],
@@ -258,9 +251,7 @@ def _quantizer_config(
 ) -> VQConfig | GumbelConfig:
     gumbel = "quantize.embed.weight" in found
     name = "quantize.embed.weight" if gumbel else "quantize.embedding.weight"
-    if name not in found or len(found[name].shape) != 2:
-        raise InputError(f"{where}: {name}, the codebook, is missing or no matrix")
-    size, dim = found[name].shape
+    size, dim = table.shape_of(found, name, 2, where=where)
     size, dim = params.get("n_embed", size), params.get("embed_dim", dim)
     used = found["quantize.used"].shape[0] if "quantize.used" in found else 0
     if not gumbel:

@@ -16,7 +16,7 @@ import pytest
 from comparing import nchw
 from flax import nnx
 from reference import import_torch
-from test_convert_taming import LOSS, parameters, saved, vqmodel
+from test_taming_parity import LOSS, parameters, saved, vqmodel
 
 from vqgan import convert
 from vqgan.adversarial.lpips import load_lpips
