@@ -88,6 +88,7 @@ def test_from_a_folder_to_new_images(trained, data, tmp_path, capsys):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_that_starts_from_a_model(trained, data, tmp_path):
     """Its architecture is the model's, whatever the options say; without a rate it stays as it is.
 
