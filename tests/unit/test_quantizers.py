@@ -7,6 +7,8 @@ import dataclasses
 import functools
 import itertools
 import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -250,6 +252,9 @@ def test_json_from_before_there_was_a_choice_is_a_vq():
         (GumbelConfig(temperature_steps=0), "temperature_steps 0"),
         (GumbelConfig(codebook_size=4, used_codes=-1), "used_codes -1"),
         (IBQConfig(entropy_temperature=0.0), "entropy_temperature 0.0"),
+        (VQConfig(chunk=0), "chunk 0"),
+        (IBQConfig(chunk=0), "chunk 0"),
+        (GumbelConfig(chunk=-1), "chunk -1"),
         (LFQConfig(dim=25), "dim 25"),
         (LFQConfig(entropy_group_bits=0), "entropy_group_bits 0"),
     ],
@@ -272,6 +277,106 @@ def test_command_line_chooses_by_kind(capsys):
     lines = capsys.readouterr().err.splitlines()
     assert exit.value.code == 2
     assert lines == ["vqgan: --model.quantizer.kind fsq: there are vq, gumbel, ibq, lfq"]
+
+
+# Codebooks in chunks.
+
+
+CHUNKS = {
+    "vq": dataclasses.replace(SMALL, codebook_size=13, chunk=4),
+    "gumbel": dataclasses.replace(GUMBEL, codebook_size=13, chunk=4),
+    "ibq": dataclasses.replace(IBQ, codebook_size=13, chunk=4),
+}
+
+
+@pytest.mark.parametrize("name", CHUNKS)
+@pytest.mark.parametrize("scale", [0.0, 3.0])
+def test_chunks_change_nothing_but_rounding(name, scale):
+    chunked = make(CHUNKS[name])
+    whole = make(dataclasses.replace(CHUNKS[name], chunk=13))
+    nnx.update(whole, nnx.state(chunked))
+    z, weights = scale * latents(), latents(2)
+    ours, theirs = run(chunked, z), run(whole, z)
+    np.testing.assert_array_equal(ours.ids, theirs.ids)
+    np.testing.assert_array_equal(ours.z_q, theirs.z_q)
+    for name, value in theirs.losses.items():
+        np.testing.assert_allclose(ours.losses[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+
+    def objective(out):
+        return (out.z_q * weights).sum() + sum(out.losses.values())
+
+    # At a temperature of 1: at 1/16 the rounding of the logits is 16 times as large.
+    found, expected = (
+        gradients(each, z, objective, step=jnp.int32(0)) for each in (chunked, whole)
+    )
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 5])
+def test_vq_in_chunks_takes_the_lowest_id_of_equal_codes(chunk):
+    quantizer = make(dataclasses.replace(SMALL, chunk=chunk))
+    quantizer.codebook[...] = jnp.tile(quantizer.codebook[...][:4], (3, 1))
+    ids = run(quantizer, latents()).ids
+    assert (ids < 4).all() and len(np.unique(ids)) > 1
+
+
+def test_gumbel_in_chunks_draws_each_code_with_its_probability():
+    gumbel = make(CHUNKS["gumbel"])
+    z = jnp.broadcast_to(latents(shape=(1, 1, 1, 3)), (1, 100, 200, 3))
+    ids = run(gumbel, z, key=quick_key(0), step=jnp.int32(0)).ids
+    found = np.bincount(np.asarray(ids).ravel(), minlength=13) / ids.size
+    p = softmax(gumbel_logits(gumbel, z[0, 0, 0]))
+    np.testing.assert_allclose(found, p, atol=5 * np.sqrt(p.max() / ids.size))
+
+
+LARGE = {"codebook_size": 2**18, "dim": 256}
+
+
+def forward_and_backward(config):
+    """A function of latents and state, and the state without its numbers."""
+    abstract = nnx.eval_shape(lambda: make_quantizer(config, rngs=nnx.Rngs(0)))
+    graphdef, params, rest = nnx.split(abstract, nnx.Param, ...)
+
+    def objective(z, params, rest):
+        return everything(nnx.merge(graphdef, params, rest)(z))
+
+    return jax.jit(jax.value_and_grad(objective, argnums=(0, 1))), params, rest
+
+
+@pytest.mark.parametrize("kind", [VQConfig, IBQConfig, GumbelConfig])
+def test_2_to_the_18_codes_of_256_channels_fit_into_2_gb(kind):
+    step, params, rest = forward_and_backward(kind(**LARGE))
+    z = jax.ShapeDtypeStruct((8, 16, 16, 256), jnp.float32)
+    used = step.lower(z, params, rest).compile().memory_analysis()
+    parts = used.argument_size_in_bytes, used.output_size_in_bytes, used.temp_size_in_bytes
+    assert (
+        2 * params["codebook"].size * 4 < sum(parts) < 2e9
+    )  # the table and its gradient, at least
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["VQConfig", "IBQConfig"])
+def test_2_to_the_18_codes_really_fit_into_2_gb(kind):
+    program = f"""
+import jax, jax.numpy as jnp
+from flax import nnx
+from vqgan.tokenizer.quantizers import {kind}, make_quantizer
+quantizer = make_quantizer({kind}(**{LARGE}), rngs=nnx.Rngs(0))
+graphdef, params, rest = nnx.split(quantizer, nnx.Param, ...)
+def objective(z, params):
+    out = nnx.merge(graphdef, params, rest)(z)
+    return out.z_q.sum() + sum(out.losses.values()), out.ids
+z = jax.random.normal(jax.random.key(0), (8, 16, 16, 256))
+grads, ids = jax.jit(jax.grad(objective, argnums=(0, 1), has_aux=True))(z, params)
+assert all(jnp.isfinite(x).all() and x.any() for x in jax.tree.leaves(grads))
+assert ids.max() > 2**17
+print(next(line for line in open("/proc/self/status") if "VmHWM" in line).split()[1])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=580
+    )
+    assert 0.5e9 < 1024 * int(done.stdout) < 2e9
 
 
 # Vector quantisation.
@@ -510,7 +615,13 @@ def test_gumbel_draws_each_code_with_its_probability(gumbel):
 def test_gumbel_without_a_step_is_at_the_end_of_its_schedule(gumbel):
     z, key = latents(), quick_key(0)
     ended = gradients(gumbel, z, everything, key=key, step=jnp.int32(10))
-    assert_same(gradients(gumbel, z, everything, key=key), ended)
+    # Up to rounding: here the temperature is a constant that XLA knows, there it is not.
+    for a, b in zip(
+        jax.tree.leaves(gradients(gumbel, z, everything, key=key)),
+        jax.tree.leaves(ended),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
 
 
 def test_gumbel_used_never_chooses_another():

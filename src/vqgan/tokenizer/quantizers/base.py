@@ -83,25 +83,23 @@ def straight_through(
 
 
 def straight_through_choice(
-    codebook: Float[Array, "k d"], ids: Int[Array, "b h w"], p: Float[Array, "b h w k"]
+    codes: Float[Array, "b h w d"], mean: Float[Array, "b h w d"]
 ) -> Float[Array, "b h w d"]:
-    """`codebook[ids]` in value, exactly, with a gradient to the probabilities of all codes.
+    """`codes` in value, exactly, with the gradient of their mean by the probabilities of all codes.
 
-    The gradient is that of `(onehot(ids) - stop_gradient(p) + p) @ codebook`, in which the
-    codebook itself is reached through the chosen codes only.
+    Together with a mean over a constant codebook that is the gradient of `(onehot(ids) -
+    stop_gradient(p) + p) @ codebook` in which the codebook itself is reached through the chosen
+    codes only.
     """
-    mean = jnp.einsum(
-        "bhwk,kd->bhwd", p, jax.lax.stop_gradient(codebook), precision=jax.lax.Precision.HIGHEST
-    )
-    return codebook[ids] + (mean - jax.lax.stop_gradient(mean))
+    return codes + (mean - jax.lax.stop_gradient(mean))
 
 
-def batch_entropy(p: Float[Array, "n k"]) -> Float[Array, ""]:
-    """Entropy, in nats, of the mean of n distributions over k codes.
+def batch_entropy(p: Float[Array, "*n k"]) -> Float[Array, ""]:
+    """Entropy, in nats, of the mean of n distributions over k codes, or the share of some codes.
 
     The constant keeps the logarithm finite; it is MAGVIT-2's, and lowers the result a little.
     """
-    mean = jnp.mean(p, axis=0)
+    mean = jnp.mean(p.reshape(-1, p.shape[-1]), axis=0)
     return -jnp.sum(mean * jnp.log(mean + 1e-5))
 
 

@@ -4,13 +4,15 @@
     loss = |e_ids - stop_gradient(z)|² + beta |stop_gradient(e_ids) - z|²  (means over entries)
 
 Latents `[b, h, w, d]`, codebook `[k, d]`, ids `[b, h, w]`. The search costs one `[bhw, d] x [d,
-k]` product and holds `bhw x k` floats. Its known weakness is that codes which no latent is
-nearest to get no gradient and stay unused. Two remedies are built in: the codebook starts from
-latents of the first batch, and a code that was the nearest for none of the last `revive_after`
-batches is moved onto a latent of the current one (random restarts, as in Jukebox,
+k]` product and holds `bhw x min(k, chunk)` floats. Its known weakness is that codes which no
+latent is nearest to get no gradient and stay unused. Two remedies are built in: the codebook
+starts from latents of the first batch, and a code that was the nearest for none of the last
+`revive_after` batches is moved onto a latent of the current one (random restarts, as in Jukebox,
 arXiv:2005.00341). A third is `normalize`, the cosine codebook of ViT-VQGAN (arXiv:2110.04627) and
 LlamaGen (arXiv:2406.06525), which with few channels (8 to 32) keeps large codebooks in use:
 latents and codes are scaled to length 1 before all of the above, and `z_q` is such a unit code.
+Codes of few channels need nothing else: `dim` is theirs, and the tokenizer's 1x1 convolutions
+before and after the quantizer project to it and back.
 
 `used_codes` is for published codebooks of which training left only some codes alive: ids then
 count these alone, so that a prior has fewer to choose from (the remapping of taming-transformers).
@@ -33,6 +35,7 @@ from vqgan.tokenizer.quantizers.base import (
     check_used_codes,
     straight_through,
 )
+from vqgan.tokenizer.quantizers.chunked import nearest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +62,12 @@ class VQConfig:
     unknown_id: int = -1
     """-1 searches the used codes only. Else, as published: all codes are searched, and what is not
     in use gets this id, or `used_codes` for an id of its own; such ids do not give z_q back."""
+    chunk: int = 8192
+    """Codes compared at once; more are searched in turns, for a memory of `bhw x chunk` floats."""
 
     def check(self) -> None:
         """Raises InputError where the fields contradict one another."""
-        check_positive(self, "codebook_size", "dim")
+        check_positive(self, "codebook_size", "dim", "chunk")
         check_used_codes(self.used_codes, self.codebook_size)
         if self.used_codes and (self.init_from_data or self.revive_after):
             raise InputError(
@@ -99,7 +104,7 @@ class VectorQuantizer(Quantizer):
     ) -> QuantizerOutput:
         z = self._scaled(z.astype(jnp.float32))
         table = self._scaled(self.codebook[...])
-        rows = self._nearest(jax.lax.stop_gradient(z), jax.lax.stop_gradient(table))
+        rows = self._nearest(z, table)
         codes = table[rows]
         commitment = jnp.mean(jnp.square(jax.lax.stop_gradient(codes) - z))
         codebook = jnp.mean(jnp.square(codes - jax.lax.stop_gradient(z)))
@@ -150,10 +155,7 @@ class VectorQuantizer(Quantizer):
         if self.used is not None and self.config.unknown_id == -1:
             among = self.used[...]
             table = table[among]
-        # |z|² is the same for all codes and left out.
-        products = jnp.einsum("bhwd,kd->bhwk", z, table, precision=jax.lax.Precision.HIGHEST)
-        norms = jnp.sum(jnp.square(table), axis=-1).reshape(1, 1, 1, -1)
-        rows = jnp.argmin(norms - 2 * products, axis=-1).astype(jnp.int32)
+        rows = nearest(z, table, self.config.chunk)
         return rows if among is None else among[rows]
 
     def _ids(self, rows: Int[Array, "b h w"]) -> Int[Array, "b h w"]:
