@@ -13,7 +13,14 @@ if TYPE_CHECKING:
     from vqgan.prior.transformer import Prior, PriorConfig
     from vqgan.tokenizer.autoencoder import AutoencoderConfig
     from vqgan.tokenizer.model import Tokenizer, TokenizerConfig, TokenizerOutput
-    from vqgan.tokenizer.quantizers import GumbelConfig, IBQConfig, LFQConfig, VQConfig
+    from vqgan.tokenizer.quantizers import (
+        BSQConfig,
+        FSQConfig,
+        GumbelConfig,
+        IBQConfig,
+        LFQConfig,
+        VQConfig,
+    )
     from vqgan.train.prior import train_prior
     from vqgan.train.tokenizer import train_tokenizer
 
@@ -21,7 +28,9 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AutoencoderConfig": "vqgan.tokenizer.autoencoder",
+    "BSQConfig": "vqgan.tokenizer.quantizers",
     "CodePrefix": "vqgan.prior.conditions",
+    "FSQConfig": "vqgan.tokenizer.quantizers",
     "GumbelConfig": "vqgan.tokenizer.quantizers",
     "IBQConfig": "vqgan.tokenizer.quantizers",
     "InputError": "vqgan.errors",
@@ -39,7 +48,9 @@ _HOMES = {
 
 __all__ = [
     "AutoencoderConfig",
+    "BSQConfig",
     "CodePrefix",
+    "FSQConfig",
     "GumbelConfig",
     "IBQConfig",
     "InputError",

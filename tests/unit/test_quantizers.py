@@ -24,6 +24,8 @@ from vqgan.errors import InputError
 from vqgan.serialization import flat_weights, from_json, to_json, with_weights
 from vqgan.tokenizer.model import TokenizerConfig
 from vqgan.tokenizer.quantizers import (
+    BSQConfig,
+    FSQConfig,
     GumbelConfig,
     IBQConfig,
     LFQConfig,
@@ -36,6 +38,8 @@ FIXED = dataclasses.replace(SMALL, init_from_data=False, revive_after=0)
 GUMBEL = GumbelConfig(codebook_size=12, dim=3, kl_weight=0.3, temperature_steps=10)
 IBQ = IBQConfig(codebook_size=12, dim=3, entropy_temperature=0.5)
 LFQ = LFQConfig(dim=3, entropy_temperature=0.5, entropy_group_bits=2)
+BSQ = BSQConfig(dim=3, entropy_temperature=0.5, entropy_group_bits=2, commitment_weight=0.25)
+FSQ = FSQConfig(levels=(4, 3, 2))
 USED = (7, 2, 9, 4, 0)
 CONFIGS = {
     "vq": SMALL,
@@ -47,10 +51,14 @@ CONFIGS = {
     "gumbel-used": dataclasses.replace(GUMBEL, used_codes=5),
     "ibq": IBQ,
     "lfq": LFQ,
+    "bsq": BSQ,
+    "fsq": FSQ,
+    "fsq-symmetric": dataclasses.replace(FSQ, symmetric=True),
 }
 # z_q has the identity as its gradient; every code is the one that its own value is quantised to.
 STRAIGHT = ("vq", "vq-one-code", "vq-used", "lfq")
-STABLE = (*STRAIGHT, "vq-normalize")
+STABLE = (*STRAIGHT, "vq-normalize", "bsq")
+LOSSLESS = ("fsq", "fsq-symmetric")
 
 
 def latents(seed=0, shape=(2, 3, 4, 3)):
@@ -142,11 +150,13 @@ def test_gradient_goes_straight_through(name):
     assert not any(gradient.any() for gradient in to_params.values())
 
 
-def test_losses_have_names_and_a_gradient(quantizer):
+@pytest.mark.parametrize("name", CONFIGS)
+def test_losses_have_names_and_a_gradient(name):
+    quantizer = make(CONFIGS[name])
     losses = run(quantizer, latents()).losses
     assert losses and all(value.shape == () for value in losses.values())
     to_z, _ = gradients(quantizer, latents(), lambda out: sum(out.losses.values()))
-    assert to_z.any()
+    assert to_z.any() == (name not in LOSSLESS)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e4])
@@ -220,7 +230,7 @@ def test_config_and_weights_survive_their_files(name):
 @pytest.mark.parametrize(
     ("quantizer", "words"),
     [
-        ({"kind": "fsq"}, "kind 'fsq' is not one of vq, gumbel, ibq, lfq"),
+        ({"kind": "pq"}, "kind 'pq' is not one of vq, gumbel, ibq, lfq, bsq, fsq"),
         ({"kind": ["vq"]}, "kind"),
         ("vq", "kind"),
         ({"kind": "lfq", "codebook_size": 8}, "codebook_size"),
@@ -256,6 +266,11 @@ def test_json_from_before_there_was_a_choice_is_a_vq():
         (IBQConfig(chunk=0), "chunk 0"),
         (GumbelConfig(chunk=-1), "chunk -1"),
         (LFQConfig(dim=25), "dim 25"),
+        (BSQConfig(dim=0), "dim 0: bsq"),
+        (BSQConfig(entropy_temperature=0.0), "entropy_temperature 0.0"),
+        (FSQConfig(levels=()), "levels ()"),
+        (FSQConfig(levels=(8, 1)), "levels (8, 1)"),
+        (FSQConfig(levels=(8,) * 9), "at most 2**24"),
         (LFQConfig(entropy_group_bits=0), "entropy_group_bits 0"),
     ],
 )
@@ -273,10 +288,10 @@ def test_command_line_chooses_by_kind(capsys):
     assert "--model.quantizer.entropy-group-bits" in text
     assert "--model.quantizer.codebook-size" not in text
     with pytest.raises(SystemExit) as exit:
-        main([*command, "fsq", "--out", "x"])
+        main([*command, "pq", "--out", "x"])
     lines = capsys.readouterr().err.splitlines()
     assert exit.value.code == 2
-    assert lines == ["vqgan: --model.quantizer.kind fsq: there are vq, gumbel, ibq, lfq"]
+    assert lines == ["vqgan: --model.quantizer.kind pq: there are vq, gumbel, ibq, lfq, bsq, fsq"]
 
 
 # Codebooks in chunks.
@@ -637,7 +652,7 @@ def test_gumbel_used_never_chooses_another():
     )
 
 
-# Entropies, of the two quantizers below.
+# Entropies, of the three quantizers below.
 
 
 def entropies(logits):
@@ -647,7 +662,7 @@ def entropies(logits):
     return -(np.exp(log_p) * log_p).sum(-1).mean(), -(mean * np.log(mean + 1e-5)).sum()
 
 
-@pytest.mark.parametrize("config", [IBQ, LFQ])
+@pytest.mark.parametrize("config", [IBQ, LFQ, BSQ])
 def test_entropies_are_left_out_at_weight_0(config):
     z = latents()
     losses = run(make(config), z).losses
@@ -787,3 +802,95 @@ def test_lfq_of_many_bits_never_holds_all_codes():
     out = make(LFQConfig())(z)
     assert LFQConfig().codebook_size == 2**18 > int(out.ids.max()) > 2**17
     np.testing.assert_array_equal(make(LFQConfig()).codes(out.ids), jnp.where(z > 0, 1, -1))
+
+
+# Binary spherical quantisation.
+
+
+def test_bsq_takes_the_nearest_code_on_the_sphere():
+    quantizer, z = make(BSQ), 5 * latents()
+    out = run(quantizer, z)
+    codes = np.array([bits[::-1] for bits in itertools.product((-1, 1), repeat=3)]) / np.sqrt(3)
+    np.testing.assert_array_equal(out.ids, (unit(np.asarray(z)) @ codes.T).argmax(-1))
+    np.testing.assert_allclose(out.z_q, codes[np.asarray(out.ids)], rtol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(out.z_q, axis=-1), 1, rtol=1e-6)
+
+
+def test_bsq_losses_equal_those_over_all_codes():
+    config = BSQConfig(
+        dim=6,
+        entropy_group_bits=6,
+        entropy_temperature=0.1,
+        entropy_weight=0.2,
+        diversity=0.7,
+        commitment_weight=0.3,
+    )
+    z = latents(shape=(2, 3, 4, 6))
+    out, u = run(make(config), z), unit(np.asarray(z).reshape(-1, 6))
+    sample, batch = lfq_entropies(u / np.sqrt(6), 0.1)
+    expected = {
+        "commitment": 0.3 * np.square(np.asarray(out.z_q).reshape(-1, 6) - u).mean(),
+        "sample_entropy": 0.2 * sample,
+        "batch_entropy": -0.2 * 0.7 * batch,
+    }
+    assert out.losses.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(out.losses[name], value, rtol=2e-5, err_msg=name)
+
+
+def test_bsq_gradient_goes_to_the_direction():
+    z, weights = 5 * latents(), np.asarray(latents(2))
+    to_z, _ = gradients(make(BSQ), z, lambda out: (out.z_q * weights).sum())
+    u, length = unit(np.asarray(z)), np.linalg.norm(z, axis=-1, keepdims=True)
+    across = weights - u * (u * weights).sum(-1, keepdims=True)
+    np.testing.assert_allclose(to_z, across / length, rtol=1e-4, atol=1e-6)
+
+
+# Finite scalar quantisation.
+
+
+def fsq_by_the_paper(z, levels):
+    """Levels of each channel and what is rounded to them, after the paper's appendix."""
+    levels = np.array(levels)
+    half, offset = (levels - 1) * (1 - 1e-3) / 2, np.where(levels % 2 == 1, 0.0, 0.5)
+    bounded = np.tanh(np.asarray(z, np.float64) + np.tan(offset / half)) * half - offset
+    return np.round(bounded), bounded
+
+
+@pytest.mark.parametrize("levels", [(4, 3, 2), (8, 5, 7)])
+def test_fsq_rounds_and_counts_as_the_paper(levels):
+    z = 2 * latents(shape=(2, 8, 8, 3))
+    out = run(make(FSQConfig(levels=levels)), z)
+    whole, _ = fsq_by_the_paper(z, levels)
+    half = np.array(levels) // 2
+    np.testing.assert_allclose(out.z_q, whole / half, rtol=1e-6)
+    places = np.array([1, levels[0], levels[0] * levels[1]])
+    np.testing.assert_array_equal(out.ids, ((whole + half) * places).sum(-1))
+    assert out.losses == {"quantizer": 0.0}
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_fsq_reaches_every_code_and_no_other(symmetric):
+    quantizer = make(FSQConfig(levels=(4, 3, 2), symmetric=symmetric))
+    every = jnp.arange(24, dtype=jnp.int32).reshape(1, 4, 6)
+    codes = np.asarray(quantizer.codes(every)).reshape(-1, 3)
+    assert len(np.unique(codes, axis=0)) == quantizer.codebook_size == 24
+    grid = jnp.stack(jnp.meshgrid(*[jnp.linspace(-3.0, 3.0, 21)] * 3), -1)
+    out = run(quantizer, grid)
+    assert set(np.asarray(out.ids).ravel()) == set(range(24))
+    assert np.abs(out.z_q).max() == 1.0
+    if symmetric:
+        np.testing.assert_allclose(np.unique(codes[:, 0]), np.array([-3, -1, 1, 3]) / 3, rtol=1e-6)
+        # Up to the middle itself, which is a tie.
+        mirrored = run(quantizer, -grid).z_q
+        off = (np.abs(grid) > 0.1).all(-1)
+        np.testing.assert_allclose(np.asarray(out.z_q)[off], -np.asarray(mirrored)[off])
+
+
+def test_fsq_gradient_is_that_of_the_bounds():
+    z, weights = latents(), np.asarray(latents(2))
+    to_z, _ = gradients(make(FSQ), z, lambda out: (out.z_q * weights).sum())
+    levels = np.array(FSQ.levels)
+    half, offset = (levels - 1) * (1 - 1e-3) / 2, np.where(levels % 2 == 1, 0.0, 0.5)
+    slope = half / np.cosh(np.asarray(z) + np.tan(offset / half)) ** 2 / (levels // 2)
+    np.testing.assert_allclose(to_z, weights * slope, rtol=1e-4, atol=1e-6)

@@ -8,19 +8,23 @@ from collections.abc import Callable
 from flax import nnx
 
 from vqgan.tokenizer.quantizers.base import CodebookStat, Quantizer, QuantizerOutput
+from vqgan.tokenizer.quantizers.bsq import BinarySphericalQuantizer, BSQConfig
+from vqgan.tokenizer.quantizers.fsq import FiniteScalarQuantizer, FSQConfig
 from vqgan.tokenizer.quantizers.gumbel import GumbelConfig, GumbelQuantizer
 from vqgan.tokenizer.quantizers.ibq import IBQConfig, IBQuantizer
 from vqgan.tokenizer.quantizers.lfq import LFQConfig, LookupFreeQuantizer
 from vqgan.tokenizer.quantizers.vq import VectorQuantizer, VQConfig
 
 # In JSON and on the command line they are told apart by `kind`.
-QuantizerConfig = VQConfig | GumbelConfig | IBQConfig | LFQConfig
+QuantizerConfig = VQConfig | GumbelConfig | IBQConfig | LFQConfig | BSQConfig | FSQConfig
 
 _classes: dict[type, Callable[..., Quantizer]] = {
     VQConfig: VectorQuantizer,
     GumbelConfig: GumbelQuantizer,
     IBQConfig: IBQuantizer,
     LFQConfig: LookupFreeQuantizer,
+    BSQConfig: BinarySphericalQuantizer,
+    FSQConfig: FiniteScalarQuantizer,
 }
 
 
@@ -31,7 +35,11 @@ def make_quantizer(config: QuantizerConfig, *, rngs: nnx.Rngs) -> Quantizer:
 
 
 __all__ = [
+    "BSQConfig",
+    "BinarySphericalQuantizer",
     "CodebookStat",
+    "FSQConfig",
+    "FiniteScalarQuantizer",
     "GumbelConfig",
     "GumbelQuantizer",
     "IBQConfig",

@@ -25,7 +25,8 @@ class QuantizerOutput:
     """Equal to the codes in value; every quantizer says what its gradient is."""
     ids: Int[Array, "b h w"]
     losses: dict[str, Float[Array, ""]]
-    """Weighted by the config, so that their sum is the quantizer's share of the objective."""
+    """Weighted by the config, so that their sum is the quantizer's share of the objective. Never
+    empty: where there is nothing to lose, `quantizer` is 0."""
 
 
 class Quantizer(nnx.Module):
@@ -103,6 +104,17 @@ def batch_entropy(p: Float[Array, "*n k"]) -> Float[Array, ""]:
     return -jnp.sum(mean * jnp.log(mean + 1e-5))
 
 
+@jax.jit
+def unit(x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+    """`x / max(|x|, 1e-12)` along the last axis.
+
+    Compiled as one and kept apart, so that it rounds alike within any program and by itself: the
+    codes of ids are to equal z_q bit for bit.
+    """
+    norm = jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-24))
+    return jax.lax.optimization_barrier(x / norm)
+
+
 def check_positive(config: Any, *names: str) -> None:
     """Raises InputError where one of these fields of a quantizer's config is not above 0."""
     for name in names:
@@ -115,4 +127,12 @@ def check_used_codes(used_codes: int, codebook_size: int) -> None:
     if not 0 <= used_codes <= codebook_size:
         raise InputError(
             f"quantizer.used_codes {used_codes}: must be from 0 (all) to the {codebook_size} codes"
+        )
+
+
+def check_bits(config: Any) -> None:
+    """Raises InputError where a quantizer of signs has no channels, or more than ids hold well."""
+    if not 1 <= config.dim <= 24:
+        raise InputError(
+            f"quantizer.dim {config.dim}: {config.kind} has from 1 to 24 bits, one a channel"
         )

@@ -34,6 +34,7 @@ from vqgan.tokenizer.quantizers.base import (
     check_positive,
     check_used_codes,
     straight_through,
+    unit,
 )
 from vqgan.tokenizer.quantizers.chunked import nearest
 
@@ -43,7 +44,7 @@ class VQConfig:
     """Vector quantizer. The defaults are the paper's."""
 
     kind: Literal["vq"] = "vq"
-    """Others are "gumbel", "ibq" and "lfq", each with options and defaults of its own."""
+    """Others are "gumbel", "ibq", "lfq", "bsq" and "fsq", each with options of its own."""
     codebook_size: int = 1024
     """Codes in the table."""
     dim: int = 256
@@ -145,7 +146,7 @@ class VectorQuantizer(Quantizer):
         self.batches_seen[...] += 1
 
     def _scaled(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
-        return _unit(x) if self.config.normalize else x
+        return unit(x) if self.config.normalize else x
 
     def _nearest(
         self, z: Float[Array, "b h w d"], table: Float[Array, "k d"]
@@ -166,14 +167,3 @@ class VectorQuantizer(Quantizer):
         places = jnp.full((k,), n, jnp.int32).at[self.used[...]].min(jnp.arange(n, dtype=jnp.int32))
         ids = places[rows]
         return jnp.where(ids < n, ids, self.config.unknown_id)
-
-
-@jax.jit
-def _unit(x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
-    """`x / max(|x|, 1e-12)` along the last axis.
-
-    Compiled as one and kept apart, so that it rounds alike within any program and by itself: the
-    codes of ids are to equal z_q bit for bit.
-    """
-    norm = jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-24))
-    return jax.lax.optimization_barrier(x / norm)
