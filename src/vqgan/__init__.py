@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vqgan.tokenizer.model import Tokenizer, TokenizerConfig, TokenizerOutput
     from vqgan.tokenizer.quantizers import (
         BSQConfig,
+        EMAConfig,
         FSQConfig,
         GumbelConfig,
         IBQConfig,
@@ -30,6 +31,7 @@ _HOMES = {
     "AutoencoderConfig": "vqgan.tokenizer.autoencoder",
     "BSQConfig": "vqgan.tokenizer.quantizers",
     "CodePrefix": "vqgan.prior.conditions",
+    "EMAConfig": "vqgan.tokenizer.quantizers",
     "FSQConfig": "vqgan.tokenizer.quantizers",
     "GumbelConfig": "vqgan.tokenizer.quantizers",
     "IBQConfig": "vqgan.tokenizer.quantizers",
@@ -50,6 +52,7 @@ __all__ = [
     "AutoencoderConfig",
     "BSQConfig",
     "CodePrefix",
+    "EMAConfig",
     "FSQConfig",
     "GumbelConfig",
     "IBQConfig",

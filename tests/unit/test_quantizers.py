@@ -25,6 +25,7 @@ from vqgan.serialization import flat_weights, from_json, to_json, with_weights
 from vqgan.tokenizer.model import TokenizerConfig
 from vqgan.tokenizer.quantizers import (
     BSQConfig,
+    EMAConfig,
     FSQConfig,
     GumbelConfig,
     IBQConfig,
@@ -40,6 +41,7 @@ IBQ = IBQConfig(codebook_size=12, dim=3, entropy_temperature=0.5)
 LFQ = LFQConfig(dim=3, entropy_temperature=0.5, entropy_group_bits=2)
 BSQ = BSQConfig(dim=3, entropy_temperature=0.5, entropy_group_bits=2, commitment_weight=0.25)
 FSQ = FSQConfig(levels=(4, 3, 2))
+EMA = EMAConfig(codebook_size=12, dim=3, decay=0.9, epsilon=0.1)
 USED = (7, 2, 9, 4, 0)
 CONFIGS = {
     "vq": SMALL,
@@ -53,10 +55,11 @@ CONFIGS = {
     "lfq": LFQ,
     "bsq": BSQ,
     "fsq": FSQ,
+    "ema": EMA,
     "fsq-symmetric": dataclasses.replace(FSQ, symmetric=True),
 }
 # z_q has the identity as its gradient; every code is the one that its own value is quantised to.
-STRAIGHT = ("vq", "vq-one-code", "vq-used", "lfq")
+STRAIGHT = ("vq", "vq-one-code", "vq-used", "lfq", "ema")
 STABLE = (*STRAIGHT, "vq-normalize", "bsq")
 LOSSLESS = ("fsq", "fsq-symmetric")
 
@@ -230,7 +233,7 @@ def test_config_and_weights_survive_their_files(name):
 @pytest.mark.parametrize(
     ("quantizer", "words"),
     [
-        ({"kind": "pq"}, "kind 'pq' is not one of vq, gumbel, ibq, lfq, bsq, fsq"),
+        ({"kind": "pq"}, "kind 'pq' is not one of vq, gumbel, ibq, lfq, bsq, fsq, ema"),
         ({"kind": ["vq"]}, "kind"),
         ("vq", "kind"),
         ({"kind": "lfq", "codebook_size": 8}, "codebook_size"),
@@ -271,6 +274,8 @@ def test_json_from_before_there_was_a_choice_is_a_vq():
         (FSQConfig(levels=()), "levels ()"),
         (FSQConfig(levels=(8, 1)), "levels (8, 1)"),
         (FSQConfig(levels=(8,) * 9), "at most 2**24"),
+        (EMAConfig(decay=1.0), "decay 1.0"),
+        (EMAConfig(epsilon=0.0), "epsilon 0.0"),
         (LFQConfig(entropy_group_bits=0), "entropy_group_bits 0"),
     ],
 )
@@ -291,7 +296,9 @@ def test_command_line_chooses_by_kind(capsys):
         main([*command, "pq", "--out", "x"])
     lines = capsys.readouterr().err.splitlines()
     assert exit.value.code == 2
-    assert lines == ["vqgan: --model.quantizer.kind pq: there are vq, gumbel, ibq, lfq, bsq, fsq"]
+    assert lines == [
+        "vqgan: --model.quantizer.kind pq: there are vq, gumbel, ibq, lfq, bsq, fsq, ema"
+    ]
 
 
 # Codebooks in chunks.
@@ -894,3 +901,54 @@ def test_fsq_gradient_is_that_of_the_bounds():
     half, offset = (levels - 1) * (1 - 1e-3) / 2, np.where(levels % 2 == 1, 0.0, 0.5)
     slope = half / np.cosh(np.asarray(z) + np.tan(offset / half)) ** 2 / (levels // 2)
     np.testing.assert_allclose(to_z, weights * slope, rtol=1e-4, atol=1e-6)
+
+
+# Moving averages.
+
+
+def test_ema_follows_the_formula_of_the_paper():
+    quantizer = make(dataclasses.replace(EMA, init_from_data=False, revive_after=0), spread=False)
+    assert not jax.tree.leaves(nnx.state(quantizer, nnx.Param))  # nothing for an optimiser
+    codes = np.asarray(latents(1, (12, 3)), np.float64)
+    quantizer.codebook[...] = quantizer.sums[...] = jnp.array(codes, jnp.float32)
+    counts, sums = np.ones(12), codes.copy()
+    for batch in range(3):
+        z = np.asarray(latents(batch), np.float64)
+        ids = np.square(z[..., None, :] - codes).sum(-1).argmin(-1)
+        assert run(quantizer, jnp.array(z)).ids.tolist() == ids.tolist()
+        quantizer.maintain(jnp.array(z, jnp.float32), jnp.array(ids, jnp.int32), quick_key(0))
+        hard = np.eye(12)[ids.ravel()]
+        counts = 0.9 * counts + 0.1 * hard.sum(0)
+        sums = 0.9 * sums + 0.1 * hard.T @ z.reshape(-1, 3)
+        smooth = (counts + 0.1) / (counts.sum() + 12 * 0.1) * counts.sum()
+        codes = sums / smooth[:, None]
+        np.testing.assert_allclose(quantizer.codebook[...], codes, rtol=1e-4, atol=1e-6)
+
+
+def test_ema_settles_on_the_means_of_clusters():
+    centres = np.asarray(10 * latents(4, (4, 3)))
+    near = jax.random.normal(jax.random.key(5), (4, 6, 4, 3)) * 0.1
+    z = near + centres[None, None]
+    config = EMAConfig(codebook_size=4, dim=3, decay=0.5, init_from_data=False)
+    quantizer = make(config, spread=False)
+    quantizer.codebook[...] = quantizer.sums[...] = jnp.array(centres) + 1.0
+    for batch in range(30):
+        quantizer.maintain(z, run(quantizer, z).ids, jax.random.key(batch))
+    found = np.asarray(quantizer.codebook[...])
+    np.testing.assert_allclose(found, z.mean((0, 1)), atol=1e-3)
+
+
+def test_ema_starts_from_the_first_batch_and_revives():
+    quantizer, z = make(dataclasses.replace(EMA, revive_after=2), spread=False), latents()
+    quantizer.maintain(z, run(quantizer, z).ids, jax.random.key(0))
+    rows = np.asarray(z).reshape(-1, 3)
+    codes = np.asarray(quantizer.codebook[...])
+    assert all((rows == code).all(-1).any() for code in codes)
+    np.testing.assert_array_equal(quantizer.sums[...], codes)
+
+    later, same = latents(7), jnp.zeros(z.shape[:3], jnp.int32)
+    for batch in range(2):
+        quantizer.maintain(later, same, jax.random.key(batch))
+    rows = np.asarray(later).reshape(-1, 3)
+    assert all((rows == code).all(-1).any() for code in np.asarray(quantizer.codebook[...])[1:])
+    assert quantizer.counts[...][1:].tolist() == [1.0] * 11

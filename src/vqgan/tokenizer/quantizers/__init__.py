@@ -9,6 +9,7 @@ from flax import nnx
 
 from vqgan.tokenizer.quantizers.base import CodebookStat, Quantizer, QuantizerOutput
 from vqgan.tokenizer.quantizers.bsq import BinarySphericalQuantizer, BSQConfig
+from vqgan.tokenizer.quantizers.ema import EMAConfig, EMAQuantizer
 from vqgan.tokenizer.quantizers.fsq import FiniteScalarQuantizer, FSQConfig
 from vqgan.tokenizer.quantizers.gumbel import GumbelConfig, GumbelQuantizer
 from vqgan.tokenizer.quantizers.ibq import IBQConfig, IBQuantizer
@@ -16,7 +17,9 @@ from vqgan.tokenizer.quantizers.lfq import LFQConfig, LookupFreeQuantizer
 from vqgan.tokenizer.quantizers.vq import VectorQuantizer, VQConfig
 
 # In JSON and on the command line they are told apart by `kind`.
-QuantizerConfig = VQConfig | GumbelConfig | IBQConfig | LFQConfig | BSQConfig | FSQConfig
+QuantizerConfig = (
+    VQConfig | GumbelConfig | IBQConfig | LFQConfig | BSQConfig | FSQConfig | EMAConfig
+)
 
 _classes: dict[type, Callable[..., Quantizer]] = {
     VQConfig: VectorQuantizer,
@@ -25,6 +28,7 @@ _classes: dict[type, Callable[..., Quantizer]] = {
     LFQConfig: LookupFreeQuantizer,
     BSQConfig: BinarySphericalQuantizer,
     FSQConfig: FiniteScalarQuantizer,
+    EMAConfig: EMAQuantizer,
 }
 
 
@@ -38,6 +42,8 @@ __all__ = [
     "BSQConfig",
     "BinarySphericalQuantizer",
     "CodebookStat",
+    "EMAConfig",
+    "EMAQuantizer",
     "FSQConfig",
     "FiniteScalarQuantizer",
     "GumbelConfig",

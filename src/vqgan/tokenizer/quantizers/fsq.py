@@ -90,7 +90,7 @@ class FiniteScalarQuantizer(Quantizer):
     def _bounded(self, z: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
         """Latents in units of a level, which lie at whole numbers away from the lowest, `-half`."""
         if self.config.symmetric:
-            return self._half() * jnp.tanh(z)
+            return jnp.tanh(z) * self._half()
         levels = self._levels()
         h = (levels - 1) * ((1 - _MARGIN) / 2)
         offset = (levels % 2 == 0) / 2

@@ -36,6 +36,7 @@ from vqgan.tokenizer.quantizers.base import (
     straight_through,
     unit,
 )
+from vqgan.tokenizer.quantizers.care import chosen, counted, dead_codes
 from vqgan.tokenizer.quantizers.chunked import nearest
 
 
@@ -44,7 +45,7 @@ class VQConfig:
     """Vector quantizer. The defaults are the paper's."""
 
     kind: Literal["vq"] = "vq"
-    """Others are "gumbel", "ibq", "lfq", "bsq" and "fsq", each with options of its own."""
+    """Others are "gumbel", "ibq", "lfq", "bsq", "fsq" and "ema", each with options of its own."""
     codebook_size: int = 1024
     """Codes in the table."""
     dim: int = 256
@@ -130,19 +131,17 @@ class VectorQuantizer(Quantizer):
     ) -> None:
         if self.used is not None:
             return
-        k = self.config.codebook_size
-        used = jnp.zeros((k,), bool).at[ids.ravel()].set(True)
-        unused = jnp.where(used, 0, self.batches_unused[...] + 1)
-        dead = jnp.zeros((k,), bool)
-        if self.config.revive_after > 0:
-            dead = unused >= self.config.revive_after
-        if self.config.init_from_data:
-            dead = dead | (self.batches_seen[...] == 0)
+        config, k = self.config, self.config.codebook_size
+        dead, self.batches_unused[...] = dead_codes(
+            counted(ids, k) > 0,
+            self.batches_unused[...],
+            self.batches_seen[...] == 0,
+            init_from_data=config.init_from_data,
+            revive_after=config.revive_after,
+        )
         latents = self._scaled(z.astype(jnp.float32)).reshape(-1, z.shape[-1])
-        chosen = jax.random.permutation(key, len(latents))[jnp.arange(k) % len(latents)]
-        moved = jnp.where(dead[:, None], latents[chosen], self.codebook[...])
+        moved = jnp.where(dead[:, None], chosen(latents, k, key), self.codebook[...])
         self.codebook[...] = jax.lax.stop_gradient(moved)
-        self.batches_unused[...] = jnp.where(dead, 0, unused)
         self.batches_seen[...] += 1
 
     def _scaled(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
