@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         GumbelConfig,
         IBQConfig,
         LFQConfig,
+        SimVQConfig,
         VQConfig,
     )
     from vqgan.train.prior import train_prior
@@ -40,6 +41,7 @@ _HOMES = {
     "Pipeline": "vqgan.pipeline",
     "Prior": "vqgan.prior.transformer",
     "PriorConfig": "vqgan.prior.transformer",
+    "SimVQConfig": "vqgan.tokenizer.quantizers",
     "Tokenizer": "vqgan.tokenizer.model",
     "TokenizerConfig": "vqgan.tokenizer.model",
     "TokenizerOutput": "vqgan.tokenizer.model",
@@ -61,6 +63,7 @@ __all__ = [
     "Pipeline",
     "Prior",
     "PriorConfig",
+    "SimVQConfig",
     "Tokenizer",
     "TokenizerConfig",
     "TokenizerOutput",

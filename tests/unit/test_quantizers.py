@@ -30,6 +30,7 @@ from vqgan.tokenizer.quantizers import (
     GumbelConfig,
     IBQConfig,
     LFQConfig,
+    SimVQConfig,
     VQConfig,
     make_quantizer,
 )
@@ -42,6 +43,7 @@ LFQ = LFQConfig(dim=3, entropy_temperature=0.5, entropy_group_bits=2)
 BSQ = BSQConfig(dim=3, entropy_temperature=0.5, entropy_group_bits=2, commitment_weight=0.25)
 FSQ = FSQConfig(levels=(4, 3, 2))
 EMA = EMAConfig(codebook_size=12, dim=3, decay=0.9, epsilon=0.1)
+SIMVQ = SimVQConfig(codebook_size=12, dim=3)
 USED = (7, 2, 9, 4, 0)
 CONFIGS = {
     "vq": SMALL,
@@ -56,11 +58,13 @@ CONFIGS = {
     "bsq": BSQ,
     "fsq": FSQ,
     "ema": EMA,
+    "vq-rotation": dataclasses.replace(SMALL, rotation=True, k_means=2),
+    "simvq": SIMVQ,
     "fsq-symmetric": dataclasses.replace(FSQ, symmetric=True),
 }
 # z_q has the identity as its gradient; every code is the one that its own value is quantised to.
-STRAIGHT = ("vq", "vq-one-code", "vq-used", "lfq", "ema")
-STABLE = (*STRAIGHT, "vq-normalize", "bsq")
+STRAIGHT = ("vq", "vq-one-code", "vq-used", "lfq", "ema", "simvq")
+STABLE = (*STRAIGHT, "vq-normalize", "vq-rotation", "bsq")
 LOSSLESS = ("fsq", "fsq-symmetric")
 
 
@@ -233,7 +237,7 @@ def test_config_and_weights_survive_their_files(name):
 @pytest.mark.parametrize(
     ("quantizer", "words"),
     [
-        ({"kind": "pq"}, "kind 'pq' is not one of vq, gumbel, ibq, lfq, bsq, fsq, ema"),
+        ({"kind": "pq"}, "kind 'pq' is not one of vq, gumbel, ibq, lfq, bsq, fsq, ema, simvq"),
         ({"kind": ["vq"]}, "kind"),
         ("vq", "kind"),
         ({"kind": "lfq", "codebook_size": 8}, "codebook_size"),
@@ -274,6 +278,9 @@ def test_json_from_before_there_was_a_choice_is_a_vq():
         (FSQConfig(levels=()), "levels ()"),
         (FSQConfig(levels=(8, 1)), "levels (8, 1)"),
         (FSQConfig(levels=(8,) * 9), "at most 2**24"),
+        (VQConfig(k_means=-1), "k_means -1"),
+        (dataclasses.replace(FIXED, k_means=3), "needs init_from_data"),
+        (SimVQConfig(codebook_size=0), "codebook_size 0"),
         (EMAConfig(decay=1.0), "decay 1.0"),
         (EMAConfig(epsilon=0.0), "epsilon 0.0"),
         (LFQConfig(entropy_group_bits=0), "entropy_group_bits 0"),
@@ -297,7 +304,7 @@ def test_command_line_chooses_by_kind(capsys):
     lines = capsys.readouterr().err.splitlines()
     assert exit.value.code == 2
     assert lines == [
-        "vqgan: --model.quantizer.kind pq: there are vq, gumbel, ibq, lfq, bsq, fsq, ema"
+        "vqgan: --model.quantizer.kind pq: there are vq, gumbel, ibq, lfq, bsq, fsq, ema, simvq"
     ]
 
 
@@ -522,6 +529,62 @@ def test_vq_normalize_keeps_directions_from_the_first_batch():
     rows = unit(np.asarray(z).reshape(-1, 3))
     near = np.abs(np.asarray(quantizer.codebook[...])[:, None] - rows[None]).max(-1).min(-1)
     assert (near < 1e-6).all()
+
+
+def rotation_by_matrices(z, code):
+    """The d x d matrix that the rotation trick multiplies its latent by."""
+    a, b = unit(z), unit(code)
+    r = unit(a + b)
+    turn = np.eye(len(z)) - 2 * np.outer(r, r) + 2 * np.outer(b, a)
+    np.testing.assert_allclose(turn @ turn.T, np.eye(len(z)), atol=1e-9)
+    return turn * np.linalg.norm(code) / np.linalg.norm(z)
+
+
+def test_vq_rotation_turns_the_gradient_as_the_code_is_turned():
+    quantizer = make(CONFIGS["vq-rotation"])
+    z, weights = latents(), np.asarray(latents(2), np.float64)
+    out = run(quantizer, z)
+    to_z, to_params = gradients(quantizer, z, lambda out: (out.z_q * weights).sum())
+    assert not to_params["codebook"].any()
+    rows = (np.asarray(x, np.float64).reshape(-1, 3) for x in (z, out.z_q, weights, to_z))
+    for latent, code, weight, found in zip(*rows, strict=True):
+        matrix = rotation_by_matrices(latent, code)
+        np.testing.assert_allclose(matrix @ latent, code, rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(found, matrix.T @ weight, rtol=1e-3, atol=1e-4)
+
+
+def test_vq_rotation_is_finite_where_latent_and_code_are_opposite_or_zero():
+    quantizer = make(dataclasses.replace(FIXED, codebook_size=1, rotation=True))
+    for code in ([1.0, 0.0, 0.0], [0.0, 0.0, 0.0]):
+        quantizer.codebook[...] = jnp.array([code])
+        z = jnp.array([[-2.0, 0, 0], [0, 0, 0], [1e-20, 0, 0]]).reshape(1, 1, 3, 3)
+        to_z, _ = gradients(quantizer, z, lambda out: out.z_q.sum())
+        assert np.isfinite(to_z).all() and np.abs(to_z).max() < 10
+        np.testing.assert_array_equal(to_z[0, 0, 1], 1)  # straight through, without a direction
+
+
+def test_vq_k_means_is_lloyds_on_the_first_batch_only():
+    config = dataclasses.replace(SMALL, codebook_size=4, k_means=3)
+    quantizer, plain = make(config), make(dataclasses.replace(config, k_means=0))
+    z, key = latents(), jax.random.key(0)
+    for each in (quantizer, plain):
+        each.maintain(z, run(each, z).ids, key)
+    rows = np.asarray(z, np.float64).reshape(-1, 3)
+    centres = np.asarray(plain.codebook[...], np.float64)
+    for _ in range(3):
+        nearest = np.square(rows[:, None] - centres).sum(-1).argmin(-1)
+        centres = np.array([rows[nearest == k].mean(0) for k in range(4)])
+    np.testing.assert_allclose(quantizer.codebook[...], centres, rtol=1e-4, atol=1e-5)
+    quantizer.maintain(z, run(quantizer, z).ids, key)
+    np.testing.assert_allclose(quantizer.codebook[...], centres, rtol=1e-4, atol=1e-5)
+
+
+def test_vq_k_means_keeps_centres_that_are_nearest_to_none():
+    quantizer = make(dataclasses.replace(SMALL, codebook_size=30, k_means=2))
+    z = latents()  # of 24 latents
+    quantizer.maintain(z, run(quantizer, z).ids, jax.random.key(0))
+    assert np.isfinite(quantizer.codebook[...]).all()
+    assert len(np.unique(quantizer.codebook[...], axis=0)) == 24
 
 
 def test_vq_used_is_the_search_among_these_codes_alone():
@@ -952,3 +1015,24 @@ def test_ema_starts_from_the_first_batch_and_revives():
     rows = np.asarray(later).reshape(-1, 3)
     assert all((rows == code).all(-1).any() for code in np.asarray(quantizer.codebook[...])[1:])
     assert quantizer.counts[...][1:].tolist() == [1.0] * 11
+
+
+# SimVQ.
+
+
+def test_simvq_searches_images_of_a_fixed_table_and_learns_the_layer():
+    quantizer, z = make(SIMVQ), latents()
+    assert set(nnx.to_flat_state(nnx.state(quantizer, nnx.Param)).paths) == {("layer",)}
+    table, layer = (np.asarray(x[...], np.float64) for x in (quantizer.table, quantizer.layer))
+    flat, codes = np.asarray(z, np.float64), table @ layer
+    out, ids = run(quantizer, z), np.square(flat[..., None, :] - codes).sum(-1).argmin(-1)
+    np.testing.assert_array_equal(out.ids, ids)
+    np.testing.assert_allclose(out.z_q, codes[ids], rtol=1e-4, atol=1e-6)
+    distance = np.square(codes[ids] - flat).mean()
+    np.testing.assert_allclose(out.losses["codebook"], distance, rtol=1e-5)
+    np.testing.assert_allclose(out.losses["commitment"], 0.25 * distance, rtol=1e-5)
+    to_z, to_params = gradients(quantizer, z, lambda out: out.losses["codebook"])
+    pull = 2 * (codes[ids] - flat) / z.size
+    expected = np.einsum("bhwd,bhwe->de", table[ids], pull)
+    np.testing.assert_allclose(to_params["layer"], expected, rtol=1e-4, atol=1e-6)
+    assert not to_z.any()

@@ -14,11 +14,19 @@ from vqgan.tokenizer.quantizers.fsq import FiniteScalarQuantizer, FSQConfig
 from vqgan.tokenizer.quantizers.gumbel import GumbelConfig, GumbelQuantizer
 from vqgan.tokenizer.quantizers.ibq import IBQConfig, IBQuantizer
 from vqgan.tokenizer.quantizers.lfq import LFQConfig, LookupFreeQuantizer
+from vqgan.tokenizer.quantizers.simvq import SimVectorQuantizer, SimVQConfig
 from vqgan.tokenizer.quantizers.vq import VectorQuantizer, VQConfig
 
 # In JSON and on the command line they are told apart by `kind`.
 QuantizerConfig = (
-    VQConfig | GumbelConfig | IBQConfig | LFQConfig | BSQConfig | FSQConfig | EMAConfig
+    VQConfig
+    | GumbelConfig
+    | IBQConfig
+    | LFQConfig
+    | BSQConfig
+    | FSQConfig
+    | EMAConfig
+    | SimVQConfig
 )
 
 _classes: dict[type, Callable[..., Quantizer]] = {
@@ -29,6 +37,7 @@ _classes: dict[type, Callable[..., Quantizer]] = {
     BSQConfig: BinarySphericalQuantizer,
     FSQConfig: FiniteScalarQuantizer,
     EMAConfig: EMAQuantizer,
+    SimVQConfig: SimVectorQuantizer,
 }
 
 
@@ -55,6 +64,8 @@ __all__ = [
     "Quantizer",
     "QuantizerConfig",
     "QuantizerOutput",
+    "SimVQConfig",
+    "SimVectorQuantizer",
     "VQConfig",
     "VectorQuantizer",
     "make_quantizer",

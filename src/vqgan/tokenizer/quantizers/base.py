@@ -83,6 +83,37 @@ def straight_through(
     return jax.lax.stop_gradient(codes) + (z - jax.lax.stop_gradient(z))
 
 
+def rotated(z: Float[Array, "b h w d"], codes: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
+    """`codes` in value, exactly; in gradient the rotation and scaling that maps z onto its code.
+
+    The rotation trick (Fifty et al. 2024, arXiv:2410.06424): `z_q = stop_gradient(|e| / |z| R) z`
+    with R the rotation in the plane of z and e that turns the one to the other,
+
+        R z = z - 2 r (r · z) + 2 e' (z' · z),    z' = z / |z|,  e' = e / |e|,  r = (z' + e') / |..|
+
+    so that no d x d matrix is made. Where z or its code is 0, and has no direction, the gradient
+    goes straight through.
+    """
+    constant, tiny = jax.lax.stop_gradient, 1e-6
+    at, codes = constant(z), constant(codes)
+    length, target = _length(at), _length(codes)
+    a, b = at / jnp.maximum(length, tiny), codes / jnp.maximum(target, tiny)
+    middle = a + b
+    r = middle / jnp.maximum(_length(middle), tiny)
+    turned = z - 2 * r * _dot(r, z) + 2 * b * _dot(a, z)
+    scaled = turned * (target / jnp.maximum(length, tiny))
+    moved = jnp.where(jnp.minimum(length, target) > tiny, scaled, z)
+    return codes + (moved - constant(moved))
+
+
+def _dot(a: Float[Array, "b h w d"], b: Float[Array, "b h w d"]) -> Float[Array, "b h w 1"]:
+    return jnp.sum(a * b, axis=-1, keepdims=True)
+
+
+def _length(a: Float[Array, "b h w d"]) -> Float[Array, "b h w 1"]:
+    return jnp.sqrt(_dot(a, a))
+
+
 def straight_through_choice(
     codes: Float[Array, "b h w d"], mean: Float[Array, "b h w d"]
 ) -> Float[Array, "b h w d"]:

@@ -10,10 +10,10 @@ After every update, with n_k the latents of the batch nearest to code k, and s_k
     e_k = m_k / N'_k,        N'_k = (N_k + epsilon) / (N + K epsilon) · N,        N = sum_k N_k
 
 Latents `[b, h, w, d]`, codebook and sums `[k, d]`, counts `[k]`, ids `[b, h, w]`. This is k-means
-on a moving window: codes follow the latents at a pace of their own, whatever the optimiser and
-its learning rate. It costs a second table, and one sum over the batch instead of a gradient.
-Neither table nor counts are parameters: no optimiser moves them, and no average of the weights
-lags behind them. Counts start at 1 and sums at the codes, so that nothing jumps at the first update. The
+on a moving window: codes follow the latents at a pace of their own, whatever the optimiser and its
+learning rate. It costs a second table, and one sum over the batch instead of a gradient. Neither
+table nor counts are parameters: no optimiser moves them, and no average of the weights lags behind
+them. Counts start at 1 and sums at the codes, so that nothing jumps at the first update. The
 smoothing by epsilon draws a code that goes unused slowly to the origin; `revive_after` moves it
 onto a latent, as in vq.py. Sums are over the batch of all devices.
 """

@@ -3,14 +3,19 @@
     ids = argmin_k |z - e_k|²        z_q = z + stop_gradient(e_ids - z)
     loss = |e_ids - stop_gradient(z)|² + beta |stop_gradient(e_ids) - z|²  (means over entries)
 
-Latents `[b, h, w, d]`, codebook `[k, d]`, ids `[b, h, w]`. The search costs one `[bhw, d] x [d,
-k]` product and holds `bhw x min(k, chunk)` floats. Its known weakness is that codes which no
-latent is nearest to get no gradient and stay unused. Two remedies are built in: the codebook
-starts from latents of the first batch, and a code that was the nearest for none of the last
+Latents `[b, h, w, d]`, codebook `[k, d]`, ids `[b, h, w]`. The search costs one `[bhw, d] x [d, k]`
+product and holds `bhw x min(k, chunk)` floats. Its known weakness is that codes which no latent is
+nearest to get no gradient and stay unused. Two remedies are built in: the codebook starts from
+latents of the first batch (or their k-means), and a code that was the nearest for none of the last
 `revive_after` batches is moved onto a latent of the current one (random restarts, as in Jukebox,
 arXiv:2005.00341). A third is `normalize`, the cosine codebook of ViT-VQGAN (arXiv:2110.04627) and
-LlamaGen (arXiv:2406.06525), which with few channels (8 to 32) keeps large codebooks in use:
-latents and codes are scaled to length 1 before all of the above, and `z_q` is such a unit code.
+LlamaGen (arXiv:2406.06525), which with few channels (8 to 32) keeps large codebooks in use: latents
+and codes are scaled to length 1 before all of the above, and `z_q` is such a unit code.
+
+Straight through, all latents of a code get the same gradient, wherever they are around it. With
+`rotation` each gets it turned and scaled as the code is turned and scaled from that latent (the
+rotation trick, arXiv:2410.06424), at the cost of a few inner products.
+
 Codes of few channels need nothing else: `dim` is theirs, and the tokenizer's 1x1 convolutions
 before and after the quantizer project to it and back.
 
@@ -33,10 +38,11 @@ from vqgan.tokenizer.quantizers.base import (
     QuantizerOutput,
     check_positive,
     check_used_codes,
+    rotated,
     straight_through,
     unit,
 )
-from vqgan.tokenizer.quantizers.care import chosen, counted, dead_codes
+from vqgan.tokenizer.quantizers.care import chosen, counted, dead_codes, k_means
 from vqgan.tokenizer.quantizers.chunked import nearest
 
 
@@ -45,7 +51,8 @@ class VQConfig:
     """Vector quantizer. The defaults are the paper's."""
 
     kind: Literal["vq"] = "vq"
-    """Others are "gumbel", "ibq", "lfq", "bsq", "fsq" and "ema", each with options of its own."""
+    """Others are "gumbel", "ibq", "lfq", "bsq", "fsq", "ema" and "simvq", each with options of its
+    own."""
     codebook_size: int = 1024
     """Codes in the table."""
     dim: int = 256
@@ -55,8 +62,13 @@ class VQConfig:
     """"codebook" is the swapped form that all published taming weights were trained with."""
     normalize: bool = False
     """Search among directions: latents and codes have length 1."""
+    rotation: bool = False
+    """Turn and scale the gradient of `z_q` as the code is turned and scaled from its latent, in
+    place of straight through."""
     init_from_data: bool = True
     """Start from latents of the first batch, not from U(-1/k, 1/k)."""
+    k_means: int = 0
+    """Lloyd iterations on the first batch, with such latents to start from; 0 takes these."""
     revive_after: int = 100
     """Batches that a code may go unused before it is moved; 0 never moves any."""
     used_codes: int = 0
@@ -70,6 +82,10 @@ class VQConfig:
     def check(self) -> None:
         """Raises InputError where the fields contradict one another."""
         check_positive(self, "codebook_size", "dim", "chunk")
+        if self.k_means < 0 or (self.k_means and not self.init_from_data):
+            raise InputError(
+                f"quantizer.k_means {self.k_means}: must be at least 0, and needs init_from_data"
+            )
         check_used_codes(self.used_codes, self.codebook_size)
         if self.used_codes and (self.init_from_data or self.revive_after):
             raise InputError(
@@ -85,7 +101,7 @@ class VQConfig:
 
 class VectorQuantizer(Quantizer):
     """Nearest-neighbour quantizer. The gradient of `z_q` goes straight through to the latents, or
-    to the latents of length 1."""
+    to the latents of length 1, or turned by `rotation`."""
 
     def __init__(self, config: VQConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -115,7 +131,7 @@ class VectorQuantizer(Quantizer):
         else:
             codebook = self.config.beta * codebook
         return QuantizerOutput(
-            z_q=straight_through(z, codes),
+            z_q=(rotated if self.config.rotation else straight_through)(z, codes),
             ids=self._ids(rows),
             losses={"commitment": commitment, "codebook": codebook},
         )
@@ -140,7 +156,15 @@ class VectorQuantizer(Quantizer):
             revive_after=config.revive_after,
         )
         latents = self._scaled(z.astype(jnp.float32)).reshape(-1, z.shape[-1])
-        moved = jnp.where(dead[:, None], chosen(latents, k, key), self.codebook[...])
+        places = chosen(latents, k, key)
+        if config.k_means:
+            places = jax.lax.cond(
+                self.batches_seen[...] == 0,
+                lambda x: self._scaled(k_means(latents, x, config.k_means, config.chunk)),
+                lambda x: x,
+                places,
+            )
+        moved = jnp.where(dead[:, None], places, self.codebook[...])
         self.codebook[...] = jax.lax.stop_gradient(moved)
         self.batches_seen[...] += 1
 
