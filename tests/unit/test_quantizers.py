@@ -22,7 +22,8 @@ from scipy.special import logsumexp, softmax, xlogy
 from vqgan.cli import main
 from vqgan.errors import InputError
 from vqgan.serialization import flat_weights, from_json, to_json, with_weights
-from vqgan.tokenizer.model import TokenizerConfig
+from vqgan.tokenizer.autoencoder import AutoencoderConfig
+from vqgan.tokenizer.model import Tokenizer, TokenizerConfig
 from vqgan.tokenizer.quantizers import (
     BSQConfig,
     EMAConfig,
@@ -30,6 +31,8 @@ from vqgan.tokenizer.quantizers import (
     GumbelConfig,
     IBQConfig,
     LFQConfig,
+    ProductConfig,
+    ResidualConfig,
     SimVQConfig,
     VQConfig,
     make_quantizer,
@@ -44,6 +47,8 @@ BSQ = BSQConfig(dim=3, entropy_temperature=0.5, entropy_group_bits=2, commitment
 FSQ = FSQConfig(levels=(4, 3, 2))
 EMA = EMAConfig(codebook_size=12, dim=3, decay=0.9, epsilon=0.1)
 SIMVQ = SimVQConfig(codebook_size=12, dim=3)
+RESIDUAL = ResidualConfig(inner=SMALL, depth=3, shared=False)
+PRODUCT = ProductConfig(inner=FSQConfig(levels=(5,)), groups=3)
 USED = (7, 2, 9, 4, 0)
 CONFIGS = {
     "vq": SMALL,
@@ -60,12 +65,28 @@ CONFIGS = {
     "ema": EMA,
     "vq-rotation": dataclasses.replace(SMALL, rotation=True, k_means=2),
     "simvq": SIMVQ,
+    "residual": RESIDUAL,
+    "residual-shared": ResidualConfig(inner=EMA, depth=2),
+    "residual-ibq": ResidualConfig(inner=IBQ, depth=2, shared=False, losses="sum"),
+    "product": PRODUCT,
+    "product-shared": ProductConfig(inner=dataclasses.replace(SMALL, dim=1), groups=3, shared=True),
     "fsq-symmetric": dataclasses.replace(FSQ, symmetric=True),
 }
 # z_q has the identity as its gradient; every code is the one that its own value is quantised to.
-STRAIGHT = ("vq", "vq-one-code", "vq-used", "lfq", "ema", "simvq")
-STABLE = (*STRAIGHT, "vq-normalize", "vq-rotation", "bsq")
-LOSSLESS = ("fsq", "fsq-symmetric")
+STRAIGHT = (
+    "vq",
+    "vq-one-code",
+    "vq-used",
+    "lfq",
+    "ema",
+    "simvq",
+    "residual",
+    "residual-shared",
+    "product-shared",
+)
+PLACES = {"residual": 3, "residual-shared": 2, "residual-ibq": 2, "product": 3, "product-shared": 3}
+STABLE = (*(name for name in STRAIGHT if name not in PLACES), "vq-normalize", "vq-rotation", "bsq")
+LOSSLESS = ("fsq", "fsq-symmetric", "product")
 
 
 def latents(seed=0, shape=(2, 3, 4, 3)):
@@ -79,8 +100,9 @@ def quick_key(seed):
 
 def make(config, *, spread=True, used=USED):
     quantizer = make_quantizer(config, rngs=nnx.Rngs(0))
-    if spread and hasattr(quantizer, "codebook"):  # among the latents, as after training
-        quantizer.codebook[...] = latents(1, quantizer.codebook.shape)
+    for i, stage in enumerate(getattr(quantizer, "stages", [quantizer])):
+        if spread and hasattr(stage, "codebook"):  # among the latents, as after training
+            stage.codebook[...] = latents(1 + i, stage.codebook.shape)
     if getattr(quantizer, "used", None) is not None:
         quantizer.used[...] = jnp.array(used)
     return quantizer
@@ -108,7 +130,9 @@ def gradients(quantizer, z, objective, **options):
     """Of objective(output) with respect to the latents and the parameters by name."""
     graphdef, params, rest = nnx.split(quantizer, nnx.Param, ...)
     to_z, to_params = _gradients(graphdef, objective, params, rest, z, options)
-    return to_z, {".".join(path): value[...] for path, value in nnx.to_flat_state(to_params)}
+    return to_z, {
+        ".".join(map(str, path)): value[...] for path, value in nnx.to_flat_state(to_params)
+    }
 
 
 def everything(out):
@@ -130,11 +154,14 @@ def quantizer(request):
     return make(CONFIGS[request.param])
 
 
+@pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("scale", [1.0, 1e3])
-def test_ids_are_int32_of_the_grid_and_codes_inverts_them_bit_for_bit(quantizer, scale):
-    z = scale * latents()
+def test_ids_are_int32_of_the_grid_and_codes_inverts_them_bit_for_bit(name, scale):
+    quantizer, z = make(CONFIGS[name]), scale * latents()
     out = run(quantizer, z)  # compiled as one; codes are not
-    assert out.ids.dtype == jnp.int32 and out.ids.shape == z.shape[:3]
+    assert out.ids.dtype == jnp.int32 and out.ids.shape == z.shape[:3] + (PLACES[name],) * (
+        name in PLACES
+    )
     assert (out.ids >= 0).all() and (out.ids < quantizer.codebook_size).all()
     np.testing.assert_array_equal(quantizer.codes(out.ids), out.z_q)
 
@@ -237,7 +264,10 @@ def test_config_and_weights_survive_their_files(name):
 @pytest.mark.parametrize(
     ("quantizer", "words"),
     [
-        ({"kind": "pq"}, "kind 'pq' is not one of vq, gumbel, ibq, lfq, bsq, fsq, ema, simvq"),
+        (
+            {"kind": "pq"},
+            "kind 'pq' is not one of vq, gumbel, ibq, lfq, bsq, fsq, ema, simvq, residual, product",
+        ),
         ({"kind": ["vq"]}, "kind"),
         ("vq", "kind"),
         ({"kind": "lfq", "codebook_size": 8}, "codebook_size"),
@@ -281,6 +311,9 @@ def test_json_from_before_there_was_a_choice_is_a_vq():
         (VQConfig(k_means=-1), "k_means -1"),
         (dataclasses.replace(FIXED, k_means=3), "needs init_from_data"),
         (SimVQConfig(codebook_size=0), "codebook_size 0"),
+        (ResidualConfig(depth=0), "quantizer.depth 0"),
+        (ResidualConfig(inner=VQConfig(dim=0)), "quantizer.inner.dim 0"),
+        (ProductConfig(groups=0), "quantizer.groups 0"),
         (EMAConfig(decay=1.0), "decay 1.0"),
         (EMAConfig(epsilon=0.0), "epsilon 0.0"),
         (LFQConfig(entropy_group_bits=0), "entropy_group_bits 0"),
@@ -303,9 +336,21 @@ def test_command_line_chooses_by_kind(capsys):
         main([*command, "pq", "--out", "x"])
     lines = capsys.readouterr().err.splitlines()
     assert exit.value.code == 2
-    assert lines == [
-        "vqgan: --model.quantizer.kind pq: there are vq, gumbel, ibq, lfq, bsq, fsq, ema, simvq"
-    ]
+    kinds = "vq, gumbel, ibq, lfq, bsq, fsq, ema, simvq, residual, product"
+    assert lines == [f"vqgan: --model.quantizer.kind pq: there are {kinds}"]
+
+
+def test_command_line_chooses_what_is_inside_by_kind(capsys):
+    command = ["train-tokenizer", "small", "--model.quantizer.kind", "residual"]
+    with pytest.raises(SystemExit):
+        main([*command, "--model.quantizer.inner.kind=ema", "--help"])
+    text = capsys.readouterr().out
+    assert "--model.quantizer.depth" in text and "--model.quantizer.inner.decay" in text
+    with pytest.raises(SystemExit) as exit:
+        main([*command, "--model.quantizer.inner.kind", "product", "--out", "x"])
+    assert exit.value.code == 2
+    line = capsys.readouterr().err
+    assert line.startswith("vqgan: --model.quantizer.inner.kind product: there are vq, gumbel")
 
 
 # Codebooks in chunks.
@@ -1036,3 +1081,151 @@ def test_simvq_searches_images_of_a_fixed_table_and_learns_the_layer():
     expected = np.einsum("bhwd,bhwe->de", table[ids], pull)
     np.testing.assert_allclose(to_params["layer"], expected, rtol=1e-4, atol=1e-6)
     assert not to_z.any()
+
+
+# Residual quantisation.
+
+
+def test_residual_quantises_what_is_left_over():
+    quantizer, z = make(RESIDUAL), latents()
+    out, rest, expected = run(quantizer, z), np.asarray(z, np.float64), []
+    for i, stage in enumerate(quantizer.stages):
+        codes = np.asarray(stage.codebook[...], np.float64)
+        ids = np.square(rest[..., None, :] - codes).sum(-1).argmin(-1)
+        np.testing.assert_array_equal(out.ids[..., i], ids)
+        rest = rest - codes[ids]
+        expected.append(np.square(rest).mean())
+    np.testing.assert_allclose(out.z_q, np.asarray(z) - rest, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(out.losses["codebook"], np.mean(expected), rtol=1e-5)
+    np.testing.assert_allclose(out.losses["commitment"], 0.25 * np.mean(expected), rtol=1e-5)
+    summed = make(dataclasses.replace(RESIDUAL, losses="sum"))
+    np.testing.assert_allclose(run(summed, z).losses["codebook"], np.sum(expected), rtol=1e-5)
+
+
+def test_residual_losses_see_the_codes_before_as_constants():
+    quantizer, z = make(RESIDUAL), latents()
+    out, rest = run(quantizer, z), np.asarray(z, np.float64)
+    to_z, to_params = gradients(quantizer, z, lambda out: sum(out.losses.values()))
+    pull = np.zeros_like(rest)
+    for i, stage in enumerate(quantizer.stages):
+        ids = np.asarray(out.ids[..., i])
+        rest = rest - np.asarray(stage.codebook[...], np.float64)[ids]
+        pull += 0.25 * 2 * rest / z.size / 3
+        expected = np.zeros((12, 3))
+        np.add.at(expected, ids.ravel(), -2 * rest.reshape(-1, 3) / z.size / 3)
+        np.testing.assert_allclose(
+            to_params[f"stages.{i}.codebook"], expected, rtol=1e-4, atol=1e-6
+        )
+    np.testing.assert_allclose(to_z, pull, rtol=1e-4, atol=1e-6)
+
+
+def test_residual_codes_of_fewer_ids_are_coarser():
+    quantizer, z = make(RESIDUAL, spread=False), latents()
+    for batch in range(3):  # every stage is filled from what the ones before leave over
+        quantizer.maintain(z, run(quantizer, z).ids, jax.random.key(batch))
+    ids = run(quantizer, z).ids
+    errors = [float(jnp.square(z - quantizer.codes(ids[..., :n])).mean()) for n in (1, 2, 3)]
+    assert 0 < errors[2] < errors[1] < errors[0]
+    np.testing.assert_array_equal(
+        quantizer.codes(ids[..., :1]), quantizer.stages[0].codes(ids[..., 0])
+    )
+
+
+def test_residual_stages_begin_with_what_the_one_before_leaves_over():
+    quantizer, z = make(RESIDUAL, spread=False), latents()
+    quantizer.maintain(z, run(quantizer, z).ids, jax.random.key(0))
+    rest = np.asarray(z)
+    for i, stage in enumerate(quantizer.stages):
+        rows = rest.reshape(-1, 3)
+        gaps = np.abs(np.asarray(stage.codebook[...])[:, None] - rows).max(-1).min(-1)
+        assert gaps.max() < 1e-6, i
+        rest = rest - np.asarray(run(stage, jnp.array(rest)).z_q)
+
+
+def test_residual_with_one_codebook_averages_over_all_stages():
+    config = ResidualConfig(
+        inner=dataclasses.replace(EMA, init_from_data=False, revive_after=0), depth=2
+    )
+    quantizer, z = make(config), latents()
+    inner = quantizer.stages[0]
+    inner.sums[...] = inner.codebook[...]
+    codes, ids = np.asarray(inner.codebook[...], np.float64), np.asarray(run(quantizer, z).ids)
+    seen = [np.asarray(z, np.float64), np.asarray(z, np.float64) - codes[ids[..., 0]]]
+    quantizer.maintain(z, jnp.array(ids), jax.random.key(0))
+    counts, sums = 0.9 * np.ones(12), 0.9 * codes
+    for i in range(2):
+        hard = np.eye(12)[ids[..., i].ravel()]
+        counts, sums = counts + 0.1 * hard.sum(0), sums + 0.1 * hard.T @ seen[i].reshape(-1, 3)
+    np.testing.assert_allclose(inner.counts[...], counts, rtol=1e-5)
+    np.testing.assert_allclose(inner.sums[...], sums, rtol=1e-4, atol=1e-6)
+    assert len(quantizer.stages) == 1
+
+
+# Product quantisation.
+
+
+def test_product_quantises_each_group_by_itself():
+    config = ProductConfig(inner=dataclasses.replace(SMALL, dim=2), groups=3)
+    quantizer, z = make(config), latents(shape=(2, 3, 4, 6))
+    assert config.dim == 6 and quantizer.codebook_size == 12
+    out = run(quantizer, z)
+    alone = [run(stage, z[..., 2 * i : 2 * i + 2]) for i, stage in enumerate(quantizer.stages)]
+    for i, each in enumerate(alone):
+        np.testing.assert_array_equal(out.ids[..., i], each.ids)
+        np.testing.assert_array_equal(out.z_q[..., 2 * i : 2 * i + 2], each.z_q)
+    for name, value in out.losses.items():
+        np.testing.assert_allclose(value, np.mean([each.losses[name] for each in alone]), rtol=1e-6)
+    quantizer.maintain(z, out.ids, jax.random.key(0))  # each starts from its own channels
+    for i, stage in enumerate(quantizer.stages):
+        rows = np.asarray(z[..., 2 * i : 2 * i + 2]).reshape(-1, 2)
+        assert all((rows == code).all(-1).any() for code in np.asarray(stage.codebook[...]))
+
+
+def test_statistics_of_several_ids_are_the_mean_over_their_places():
+    quantizer = make(PRODUCT)
+    ids = np.random.default_rng(0).integers(0, 5, (2, 3, 4, 3)) // np.array([1, 2, 5])
+    found = quantizer.statistics(jnp.array(ids, jnp.int32))
+    counts = [np.bincount(ids[..., i].ravel(), minlength=5) / 24 for i in range(3)]
+    np.testing.assert_allclose(found["usage"], np.mean([p > 0 for p in counts]), rtol=1e-6)
+    expected = np.mean([np.exp(-xlogy(p, p).sum()) for p in counts])
+    np.testing.assert_allclose(found["perplexity"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["residual", "product"])
+def test_tokenizer_of_several_ids_a_position_decodes_what_it_encodes(name):
+    autoencoder = AutoencoderConfig(
+        base_channels=8,
+        norm_groups=4,
+        channel_multipliers=(1, 2),
+        attention_resolutions=(),
+        resolution=16,
+        z_channels=8,
+    )
+    config = TokenizerConfig(autoencoder=autoencoder, quantizer=CONFIGS[name])
+    tokenizer = Tokenizer(config, rngs=nnx.Rngs(0))
+    images = jnp.tanh(latents(shape=(2, 16, 16, 3)))
+    ids, out = tokenizer.encode(images), tokenizer(images)
+    assert ids.shape == (*out.z.shape[:3], PLACES[name])
+    np.testing.assert_array_equal(ids, out.ids)
+    np.testing.assert_allclose(tokenizer.decode(ids), out.reconstruction, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ema", "ibq"])
+def test_eight_devices_do_what_one_does(name):
+    quantizer, z = make(CONFIGS[name]), latents(shape=(8, 2, 2, 3))
+    mesh = jax.make_mesh((8,), ("data",))
+    spread = jax.device_put(z, jax.NamedSharding(mesh, jax.P("data")))
+    graphdef, state = nnx.split(quantizer)
+
+    @jax.jit
+    def update(state, z):
+        quantizer = nnx.merge(graphdef, state, copy=True)
+        out = quantizer(z)
+        quantizer.maintain(z, out.ids, jax.random.key(0))
+        return nnx.state(quantizer), out.losses
+
+    (state_1, losses_1), (state_8, losses_8) = update(state, z), update(state, spread)
+    for one, eight in zip(
+        jax.tree.leaves((state_1, losses_1)), jax.tree.leaves((state_8, losses_8)), strict=True
+    ):
+        np.testing.assert_allclose(one, eight, rtol=1e-5, atol=1e-6)

@@ -1,6 +1,7 @@
 """What every quantizer is: one call, one return type, and an exact inverse of its ids."""
 
 import abc
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +20,11 @@ class CodebookStat(nnx.Variable):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class QuantizerOutput:
-    """Quantised latents, their ids, and the loss terms by name, each a scalar."""
+    """Quantised latents, their ids (one or q a position), and the losses by name, each a scalar."""
 
     z_q: Float[Array, "b h w d"]
     """Equal to the codes in value; every quantizer says what its gradient is."""
-    ids: Int[Array, "b h w"]
+    ids: Int[Array, "b h w *q"]
     losses: dict[str, Float[Array, ""]]
     """Weighted by the config, so that their sum is the quantizer's share of the objective. Never
     empty: where there is nothing to lose, `quantizer` is 0."""
@@ -37,7 +38,8 @@ class Quantizer(nnx.Module):
     """
 
     codebook_size: int
-    """Number of different ids; fewer than the config's `codebook_size` where some are left out."""
+    """Number of different ids, at each of the q places where there are several; fewer than the
+    config's `codebook_size` where some are left out."""
 
     @abc.abstractmethod
     def __call__(
@@ -57,23 +59,29 @@ class Quantizer(nnx.Module):
         """
 
     @abc.abstractmethod
-    def codes(self, ids: Int[Array, "b h w"]) -> Float[Array, "b h w d"]:
+    def codes(self, ids: Int[Array, "b h w *q"]) -> Float[Array, "b h w d"]:
         """The codes of ids: `codes(self(z).ids)` equals `self(z).z_q`."""
 
     def maintain(
-        self, z: Float[Array, "b h w d"], ids: Int[Array, "b h w"], key: Key[Array, ""]
+        self, z: Float[Array, "b h w d"], ids: Int[Array, "b h w *q"], key: Key[Array, ""]
     ) -> None:
         """Called in place after an optimiser's update, with what the update had quantised.
 
         Does nothing where a quantizer has no codes to look after.
         """
 
-    def statistics(self, ids: Int[Array, "b h w"]) -> dict[str, Float[Array, ""]]:
-        """Scalars to log about ids: the fraction of all ids that occur, and their perplexity."""
-        counts = jnp.zeros((self.codebook_size,), jnp.float32).at[ids.ravel()].add(1.0)
-        p = counts / jnp.sum(counts)
-        entropy = -jnp.sum(p * jnp.log(jnp.maximum(p, 1e-30)))
-        return {"usage": jnp.mean(counts > 0), "perplexity": jnp.exp(entropy)}
+    def statistics(self, ids: Int[Array, "b h w *q"]) -> dict[str, Float[Array, ""]]:
+        """Scalars to log about ids: the fraction of all ids that occur, and their perplexity.
+
+        Of q ids a position each place is counted by itself, and the mean returned.
+        """
+        rows = ids.reshape(-1, math.prod(ids.shape[3:]))
+        places = jnp.arange(rows.shape[1])[None]
+        counts = jnp.zeros((rows.shape[1], self.codebook_size), jnp.float32)
+        counts = counts.at[places, rows].add(1.0)
+        p = counts / jnp.sum(counts, axis=1, keepdims=True)
+        entropy = -jnp.sum(p * jnp.log(jnp.maximum(p, 1e-30)), axis=1)
+        return {"usage": jnp.mean(counts > 0), "perplexity": jnp.mean(jnp.exp(entropy))}
 
 
 def straight_through(
