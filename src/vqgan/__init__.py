@@ -13,7 +13,18 @@ if TYPE_CHECKING:
     from vqgan.prior.transformer import Prior, PriorConfig
     from vqgan.tokenizer.autoencoder import AutoencoderConfig
     from vqgan.tokenizer.model import Tokenizer, TokenizerConfig, TokenizerOutput
-    from vqgan.tokenizer.quantizers import GumbelConfig, IBQConfig, LFQConfig, VQConfig
+    from vqgan.tokenizer.quantizers import (
+        BSQConfig,
+        EMAConfig,
+        FSQConfig,
+        GumbelConfig,
+        IBQConfig,
+        LFQConfig,
+        ProductConfig,
+        ResidualConfig,
+        SimVQConfig,
+        VQConfig,
+    )
     from vqgan.train.prior import train_prior
     from vqgan.train.tokenizer import train_tokenizer
 
@@ -21,7 +32,10 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AutoencoderConfig": "vqgan.tokenizer.autoencoder",
+    "BSQConfig": "vqgan.tokenizer.quantizers",
     "CodePrefix": "vqgan.prior.conditions",
+    "EMAConfig": "vqgan.tokenizer.quantizers",
+    "FSQConfig": "vqgan.tokenizer.quantizers",
     "GumbelConfig": "vqgan.tokenizer.quantizers",
     "IBQConfig": "vqgan.tokenizer.quantizers",
     "InputError": "vqgan.errors",
@@ -29,6 +43,9 @@ _HOMES = {
     "Pipeline": "vqgan.pipeline",
     "Prior": "vqgan.prior.transformer",
     "PriorConfig": "vqgan.prior.transformer",
+    "ProductConfig": "vqgan.tokenizer.quantizers",
+    "ResidualConfig": "vqgan.tokenizer.quantizers",
+    "SimVQConfig": "vqgan.tokenizer.quantizers",
     "Tokenizer": "vqgan.tokenizer.model",
     "TokenizerConfig": "vqgan.tokenizer.model",
     "TokenizerOutput": "vqgan.tokenizer.model",
@@ -39,7 +56,10 @@ _HOMES = {
 
 __all__ = [
     "AutoencoderConfig",
+    "BSQConfig",
     "CodePrefix",
+    "EMAConfig",
+    "FSQConfig",
     "GumbelConfig",
     "IBQConfig",
     "InputError",
@@ -47,6 +67,9 @@ __all__ = [
     "Pipeline",
     "Prior",
     "PriorConfig",
+    "ProductConfig",
+    "ResidualConfig",
+    "SimVQConfig",
     "Tokenizer",
     "TokenizerConfig",
     "TokenizerOutput",

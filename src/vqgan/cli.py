@@ -78,20 +78,29 @@ def _parse(kind: Callable[..., T], argv: Sequence[str], command: str, **options:
 
 
 def _with_quantizer(config: Any, argv: Sequence[str]) -> Any:
-    """A preset with the quantizer that `--model.quantizer.kind` asks for, at its own defaults."""
-    from vqgan.tokenizer.quantizers import QuantizerConfig
+    """A preset with the quantizer that `--model.quantizer.kind` asks for, at its own defaults, and
+    within it the one that `--model.quantizer.inner.kind` does."""
+    from vqgan.tokenizer.quantizers import QuantizerConfig, SingleConfig
 
-    option, model = "--model.quantizer.kind", config.model
-    words = [word for given in argv for word in given.split("=", 1)]
-    if option not in words[:-1] or not hasattr(model, "quantizer"):
+    if not hasattr(config.model, "quantizer"):
         return config
-    kind, kinds = words[words.index(option) + 1], {c.kind: c for c in get_args(QuantizerConfig)}
+    option = "--model.quantizer"
+    quantizer = _of_kind(config.model.quantizer, QuantizerConfig, f"{option}.kind", argv)
+    if hasattr(quantizer, "inner"):
+        inner = _of_kind(quantizer.inner, SingleConfig, f"{option}.inner.kind", argv)
+        quantizer = dataclasses.replace(quantizer, inner=inner)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, quantizer=quantizer))
+
+
+def _of_kind(config: Any, union: Any, option: str, argv: Sequence[str]) -> Any:
+    """The member of a union of configs that an option names; `config` where it is of this kind."""
+    words = [word for given in argv for word in given.split("=", 1)]
+    if option not in words[:-1]:
+        return config
+    kind, kinds = words[words.index(option) + 1], {c.kind: c for c in get_args(union)}
     if kind not in kinds:
         raise InputError(f"{option} {kind}: there are {', '.join(kinds)}")
-    if kind == model.quantizer.kind:
-        return config
-    model = dataclasses.replace(model, quantizer=kinds[kind]())
-    return dataclasses.replace(config, model=model)
+    return config if kind == config.kind else kinds[kind]()
 
 
 def _training(command: str, argv: Sequence[str], presets: dict[str, Callable], extra: type) -> Any:

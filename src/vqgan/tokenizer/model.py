@@ -52,7 +52,7 @@ class TokenizerOutput:
     """Latents before quantisation."""
     z_q: Float[Array, "b h2 w2 d"]
     """Latents after quantisation."""
-    ids: Int[Array, "b h2 w2"]
+    ids: Int[Array, "b h2 w2 *q"]
     losses: dict[str, Float[Array, ""]]
     """The quantizer's loss terms by name."""
 
@@ -91,8 +91,8 @@ class Tokenizer(Pretrained):
         return self.quantizer.codebook_size
 
     @jax.jit
-    def encode(self, images: Float[Array, "b h w c"]) -> Int[Array, "b h2 w2"]:
-        """Ids of images in [-1, 1].
+    def encode(self, images: Float[Array, "b h w c"]) -> Int[Array, "b h2 w2 *q"]:
+        """Ids of images in [-1, 1]; `[b, h, w, q]` where the quantizer has q a position.
 
         Raises:
           InputError: height or width is not a multiple of `factor`, or channels do not fit.
@@ -100,7 +100,7 @@ class Tokenizer(Pretrained):
         return self.quantizer(self.latents(images)).ids
 
     @jax.jit
-    def decode(self, ids: Int[Array, "b h2 w2"]) -> Float[Array, "b h w c"]:
+    def decode(self, ids: Int[Array, "b h2 w2 *q"]) -> Float[Array, "b h w c"]:
         """Images, not clipped, from ids in [0, codebook_size)."""
         return self.decoder(self._decoder_input(self.quantizer.codes(ids)))
 

@@ -8,7 +8,7 @@ and taming-transformers).
 Latents `[b, h, w, d]`, a 1x1 convolution `d -> k` to the logits, codebook `[k, d]`, ids `[b, h,
 w]`. Codes are drawn, not looked up: every code gets a gradient in proportion to its probability,
 which keeps codebooks in use without any care for dead codes. The price is noise in training, a
-temperature to anneal, `d x k` more parameters, and some arrays of `bhw x k` floats.
+temperature to anneal, `d x k` more parameters, and some arrays of `bhw x min(k, chunk)` floats.
 
 Without a key nothing is drawn (g = 0): ids are the most probable codes. Published code draws in
 evaluation too; its ids are then random.
@@ -31,6 +31,7 @@ from vqgan.tokenizer.quantizers.base import (
     check_used_codes,
     straight_through_choice,
 )
+from vqgan.tokenizer.quantizers.chunked import choose, fold, hide, scores, weighted_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +52,13 @@ class GumbelConfig:
     """Whether training decodes the one code drawn, or the mean of all by their probabilities."""
     used_codes: int = 0
     """Codes that may be chosen and that ids count, those in the buffer `used`; 0 is all of them."""
+    chunk: int = 8192
+    """Codes drawn from at once; more are taken in turns, with other noise from the same key."""
 
     def check(self) -> None:
         """Raises InputError where the fields contradict one another."""
         check_positive(self, "codebook_size", "dim", "temperature_start", "temperature_end")
-        check_positive(self, "temperature_steps")
+        check_positive(self, "temperature_steps", "chunk")
         check_used_codes(self.used_codes, self.codebook_size)
 
 
@@ -86,17 +89,36 @@ class GumbelQuantizer(Quantizer):
         key: Key[Array, ""] | None = None,
         step: Int[Array, ""] | None = None,
     ) -> QuantizerOutput:
-        logits = self.proj(z.astype(jnp.float32))
+        z, config = z.astype(jnp.float32), self.config
+        temperature, table, constant = self.temperature(step), self._table(), jax.lax.stop_gradient
+        assert self.proj.bias is not None
+        weights, bias = self.proj.kernel[...][0, 0].T, self.proj.bias[...]
         if self.used is not None:
-            logits = logits[..., self.used[...]]
-        noisy = logits if key is None else logits + jax.random.gumbel(key, logits.shape)
-        ids = jnp.argmax(noisy, axis=-1).astype(jnp.int32)
-        p = jax.nn.softmax(noisy / self.temperature(step), axis=-1)
-        if self.config.straight_through or key is None:
-            z_q = straight_through_choice(self._table(), ids, p)
-        else:
-            z_q = jnp.einsum("bhwk,kd->bhwd", p, self._table(), precision=jax.lax.Precision.HIGHEST)
-        return QuantizerOutput(z_q=z_q, ids=ids, losses={"kl": self._divergence(logits)})
+            weights, bias = weights[self.used[...]], bias[self.used[...]]
+
+        def views(ids: Array, weights: Array, bias: Array) -> list[Array]:
+            logits = scores(z, weights) + bias[None, None, None]
+            noisy = logits
+            if key is not None:
+                draw = key if len(ids) == len(table) else jax.random.fold_in(key, ids[0])
+                noisy = logits + jax.random.gumbel(draw, logits.shape)
+            return [noisy, noisy / temperature, logits]
+
+        ids, totals = choose(views, z, [weights, bias], config.chunk)
+
+        hard = config.straight_through or key is None
+
+        def body(sums: list, ids: Array, valid: Array | None, *parts: Array) -> list:
+            *logits, codes = parts
+            _, *logits = views(ids, *logits)
+            log_p = [hide(x, valid) - t[..., None] for x, t in zip(logits, totals, strict=True)]
+            mean = weighted_mean(jnp.exp(log_p[0]), constant(codes) if hard else codes)
+            return [sums[0] + mean, sums[1] + self._divergence(log_p[1])]
+
+        start = [jnp.zeros_like(z), jnp.zeros(())]
+        mean, divergence = fold(body, start, [weights, bias, table], config.chunk)
+        z_q = straight_through_choice(table[ids], mean) if hard else mean
+        return QuantizerOutput(z_q=z_q, ids=ids, losses={"kl": config.kl_weight * divergence})
 
     def codes(self, ids: Int[Array, "b h w"]) -> Float[Array, "b h w d"]:
         return self._table()[ids]
@@ -113,8 +135,8 @@ class GumbelQuantizer(Quantizer):
         codebook = self.codebook[...]
         return codebook if self.used is None else codebook[self.used[...]]
 
-    def _divergence(self, logits: Float[Array, "b h w n"]) -> Float[Array, ""]:
-        """From the uniform distribution over the whole table, whatever part of it is in use."""
-        p = jax.nn.softmax(logits, axis=-1)
-        divergence = jnp.sum(p * jnp.log(p * self.config.codebook_size + 1e-10), axis=-1)
-        return self.config.kl_weight * jnp.mean(divergence)
+    def _divergence(self, log_p: Float[Array, "b h w n"]) -> Float[Array, ""]:
+        """Share of some codes in the divergence from the uniform distribution over the whole
+        table, whatever part of it is in use."""
+        p = jnp.exp(log_p)
+        return jnp.mean(jnp.sum(p * jnp.log(p * self.config.codebook_size + 1e-10), axis=-1))

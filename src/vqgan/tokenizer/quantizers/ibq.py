@@ -8,7 +8,8 @@
 Latents `[b, h, w, d]`, codebook `[k, d]`, ids `[b, h, w]`. The code is the one of the largest inner
 product, not the nearest one. Every code gets a gradient at every step through its probability, so
 that 2**18 codes of 256 channels stay in use (84 % of them, where plain VQ collapses). It pays with
-several arrays of `bhw x k` floats in training; encoding holds one, the logits.
+several arrays of `bhw x min(k, chunk)` floats in training, and with twice the products where codes
+are taken in chunks.
 
 As published, beta is on the term that moves the codes, with 1 on the one that moves the latents.
 """
@@ -28,6 +29,7 @@ from vqgan.tokenizer.quantizers.base import (
     check_positive,
     straight_through_choice,
 )
+from vqgan.tokenizer.quantizers.chunked import choose, fold, hide, scores, weighted_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +47,12 @@ class IBQConfig:
     """Divides the logits in the entropies."""
     diversity: float = 1.0
     """Weight of the batch's entropy, which is to be high, against the positions', to be low."""
+    chunk: int = 8192
+    """Codes compared at once; more are taken in turns, forwards and backwards."""
 
     def check(self) -> None:
         """Raises InputError where the fields contradict one another."""
-        check_positive(self, "codebook_size", "dim", "entropy_temperature")
+        check_positive(self, "codebook_size", "dim", "entropy_temperature", "chunk")
 
 
 class IBQuantizer(Quantizer):
@@ -69,27 +73,55 @@ class IBQuantizer(Quantizer):
         step: Int[Array, ""] | None = None,
     ) -> QuantizerOutput:
         z, codebook = z.astype(jnp.float32), self.codebook[...]
-        logits = jnp.einsum("bhwd,kd->bhwk", z, codebook, precision=jax.lax.Precision.HIGHEST)
-        ids = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        z_q = straight_through_choice(codebook, ids, jax.nn.softmax(logits, axis=-1))
+        ids, mean, entropies = self._over_all_codes(z, codebook)
         codes, constant = codebook[ids], jax.lax.stop_gradient
+        z_q = straight_through_choice(codes, mean)
         losses = {
             "propagation": jnp.mean(jnp.square(z_q - z)),
             "commitment": jnp.mean(jnp.square(constant(codes) - z)),
             "codebook": self.config.beta * jnp.mean(jnp.square(codes - constant(z))),
         }
-        if self.config.entropy_weight:
-            losses |= self._entropies(logits.reshape(-1, self.codebook_size))
-        return QuantizerOutput(z_q=z_q, ids=ids, losses=losses)
+        return QuantizerOutput(z_q=z_q, ids=ids, losses=losses | entropies)
 
     def codes(self, ids: Int[Array, "b h w"]) -> Float[Array, "b h w d"]:
         return self.codebook[...][ids]
 
-    def _entropies(self, logits: Float[Array, "n k"]) -> dict[str, Float[Array, ""]]:
-        log_p = jax.nn.log_softmax(logits / self.config.entropy_temperature, axis=-1)
-        p = jnp.exp(log_p)
-        weight = self.config.entropy_weight
-        return {
-            "sample_entropy": -weight * jnp.mean(jnp.sum(p * log_p, axis=-1)),
-            "batch_entropy": -weight * self.config.diversity * batch_entropy(p),
-        }
+    def _over_all_codes(
+        self, z: Float[Array, "b h w d"], codebook: Float[Array, "k d"]
+    ) -> tuple[Int[Array, "b h w"], Float[Array, "b h w d"], dict[str, Float[Array, ""]]]:
+        """Ids, the mean of the codes by their probabilities, and the entropies."""
+        config = self.config
+
+        def views(ids: Array, rows: Array) -> list[Array]:
+            logits = scores(z, rows)
+            sharp = [logits / config.entropy_temperature] if config.entropy_weight else []
+            return [logits, logits, *sharp]
+
+        ids, totals = choose(views, z, [codebook], config.chunk)
+
+        def body(sums: list[Array], ids: Array, valid: Array | None, rows: Array) -> list[Array]:
+            _, *logits = views(ids, rows)
+            log_p = [hide(x, valid) - t[..., None] for x, t in zip(logits, totals, strict=True)]
+            # The codebook is reached through the logits alone.
+            parts = [weighted_mean(jnp.exp(log_p[0]), jax.lax.stop_gradient(rows))]
+            if config.entropy_weight:
+                p = jnp.exp(log_p[1])
+                parts += [-jnp.sum(p * log_p[1], axis=-1), batch_entropy(p)]
+            return [a + b for a, b in zip(sums, parts, strict=True)]
+
+        start = [jnp.zeros_like(z)]
+        if config.entropy_weight:
+            start += [jnp.zeros(z.shape[:3]), jnp.zeros(())]
+        mean, *entropies = fold(body, start, [codebook], config.chunk)
+        if not config.entropy_weight:
+            return ids, mean, {}
+        sample, batch = entropies
+        weight = config.entropy_weight
+        return (
+            ids,
+            mean,
+            {
+                "sample_entropy": weight * jnp.mean(sample),
+                "batch_entropy": -weight * config.diversity * batch,
+            },
+        )

@@ -17,24 +17,22 @@ distribution, is taken over groups of `entropy_group_bits` channels and added up
 and equal to it where the groups are independent or there is one only.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from vqgan.errors import InputError
 from vqgan.tokenizer.quantizers.base import (
     Quantizer,
     QuantizerOutput,
-    batch_entropy,
+    check_bits,
     check_positive,
     straight_through,
 )
+from vqgan.tokenizer.quantizers.binary import entropy_losses, ids_of, signs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +59,7 @@ class LFQConfig:
     def check(self) -> None:
         """Raises InputError where the fields contradict one another."""
         check_positive(self, "entropy_temperature", "entropy_group_bits")
-        if not 1 <= self.dim <= 24:
-            raise InputError(f"quantizer.dim {self.dim}: lfq has from 1 to 24 bits, one a channel")
+        check_bits(self)
 
 
 class LookupFreeQuantizer(Quantizer):
@@ -79,52 +76,19 @@ class LookupFreeQuantizer(Quantizer):
         key: Key[Array, ""] | None = None,
         step: Int[Array, ""] | None = None,
     ) -> QuantizerOutput:
-        z = z.astype(jnp.float32)
-        bits = z > 0
-        code = jnp.where(bits, 1.0, -1.0)
-        weight, constant = self.config.commitment_weight, jax.lax.stop_gradient
-        losses = {"commitment": weight * jnp.mean(jnp.square(constant(code) - z))}
-        if self.config.entropy_weight:
-            losses |= self._entropies(z.reshape(-1, self.config.dim))
-        places = (2 ** np.arange(self.config.dim, dtype=np.int32)).reshape(1, 1, 1, -1)
-        ids = jnp.sum(bits * places, axis=-1, dtype=jnp.int32)
-        return QuantizerOutput(z_q=straight_through(z, code), ids=ids, losses=losses)
+        z, config = z.astype(jnp.float32), self.config
+        ids = ids_of(z > 0)
+        code = self.codes(ids)
+        distance = jnp.mean(jnp.square(jax.lax.stop_gradient(code) - z))
+        entropies = entropy_losses(
+            z,
+            temperature=config.entropy_temperature,
+            weight=config.entropy_weight,
+            diversity=config.diversity,
+            group_bits=config.entropy_group_bits,
+        )
+        losses = {"commitment": config.commitment_weight * distance}
+        return QuantizerOutput(z_q=straight_through(z, code), ids=ids, losses=losses | entropies)
 
     def codes(self, ids: Int[Array, "b h w"]) -> Float[Array, "b h w d"]:
-        return _signs(ids, self.config.dim)
-
-    def _entropies(self, z: Float[Array, "n d"]) -> dict[str, Float[Array, ""]]:
-        temperature, weight = self.config.entropy_temperature, self.config.entropy_weight
-        return {
-            "sample_entropy": weight * _sample_entropy(z, temperature),
-            "batch_entropy": -weight * self.config.diversity * self._batch_entropy(z),
-        }
-
-    def _batch_entropy(self, z: Float[Array, "n d"]) -> Float[Array, ""]:
-        groups = math.ceil(self.config.dim / self.config.entropy_group_bits)
-        total = jnp.zeros(())
-        for channels in np.array_split(np.arange(self.config.dim), groups):
-            part = z[:, channels[0] : channels[-1] + 1] * (2 / self.config.entropy_temperature)
-            codes = _signs(jnp.arange(2 ** len(channels)), len(channels))
-            logits = jnp.einsum("nd,kd->nk", part, codes, precision=jax.lax.Precision.HIGHEST)
-            total = total + batch_entropy(jax.nn.softmax(logits, axis=-1))
-        return total
-
-
-def _signs(ids: Int[Array, "*n"], bits: int) -> Float[Array, "*n d"]:
-    """Codes, of -1 and 1, of ids."""
-    shifts = jnp.arange(bits, dtype=jnp.int32).reshape((1,) * ids.ndim + (-1,))
-    return ((ids[..., None] >> shifts) & 1) * 2.0 - 1.0
-
-
-def _sample_entropy(z: Float[Array, "n d"], temperature: float) -> Float[Array, ""]:
-    """Mean entropy, in nats, of the codes of single positions.
-
-    The exponent 2 z · c / temperature is a sum over channels, each with a sign of its own, so that
-    the softmax over all codes is a product of one Bernoulli distribution a channel, and its
-    entropy the sum of theirs. A channel's two exponents differ by 4 z / temperature.
-    """
-    a = jnp.abs(z) * (4 / temperature)
-    # H(sigmoid(a)), in the form that loses nothing to cancellation; it is even in a.
-    entropy = jax.nn.softplus(-a) + a * jax.nn.sigmoid(-a)
-    return jnp.mean(jnp.sum(entropy, axis=-1))
+        return signs(ids, self.config.dim)

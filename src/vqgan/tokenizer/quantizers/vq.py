@@ -3,14 +3,21 @@
     ids = argmin_k |z - e_k|²        z_q = z + stop_gradient(e_ids - z)
     loss = |e_ids - stop_gradient(z)|² + beta |stop_gradient(e_ids) - z|²  (means over entries)
 
-Latents `[b, h, w, d]`, codebook `[k, d]`, ids `[b, h, w]`. The search costs one `[bhw, d] x [d,
-k]` product and holds `bhw x k` floats. Its known weakness is that codes which no latent is
+Latents `[b, h, w, d]`, codebook `[k, d]`, ids `[b, h, w]`. The search costs one `[bhw, d] x [d, k]`
+product and holds `bhw x min(k, chunk)` floats. Its known weakness is that codes which no latent is
 nearest to get no gradient and stay unused. Two remedies are built in: the codebook starts from
-latents of the first batch, and a code that was the nearest for none of the last `revive_after`
-batches is moved onto a latent of the current one (random restarts, as in Jukebox,
+latents of the first batch (or their k-means), and a code that was the nearest for none of the last
+`revive_after` batches is moved onto a latent of the current one (random restarts, as in Jukebox,
 arXiv:2005.00341). A third is `normalize`, the cosine codebook of ViT-VQGAN (arXiv:2110.04627) and
-LlamaGen (arXiv:2406.06525), which with few channels (8 to 32) keeps large codebooks in use:
-latents and codes are scaled to length 1 before all of the above, and `z_q` is such a unit code.
+LlamaGen (arXiv:2406.06525), which with few channels (8 to 32) keeps large codebooks in use: latents
+and codes are scaled to length 1 before all of the above, and `z_q` is such a unit code.
+
+Straight through, all latents of a code get the same gradient, wherever they are around it. With
+`rotation` each gets it turned and scaled as the code is turned and scaled from that latent (the
+rotation trick, arXiv:2410.06424), at the cost of a few inner products.
+
+Codes of few channels need nothing else: `dim` is theirs, and the tokenizer's 1x1 convolutions
+before and after the quantizer project to it and back.
 
 `used_codes` is for published codebooks of which training left only some codes alive: ids then
 count these alone, so that a prior has fewer to choose from (the remapping of taming-transformers).
@@ -31,8 +38,12 @@ from vqgan.tokenizer.quantizers.base import (
     QuantizerOutput,
     check_positive,
     check_used_codes,
+    rotated,
     straight_through,
+    unit,
 )
+from vqgan.tokenizer.quantizers.care import chosen, counted, dead_codes, k_means
+from vqgan.tokenizer.quantizers.chunked import nearest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +51,8 @@ class VQConfig:
     """Vector quantizer. The defaults are the paper's."""
 
     kind: Literal["vq"] = "vq"
-    """Others are "gumbel", "ibq" and "lfq", each with options and defaults of its own."""
+    """Others are "gumbel", "ibq", "lfq", "bsq", "fsq", "ema" and "simvq", each with options of its
+    own, and "residual" and "product" over one of these, `inner`."""
     codebook_size: int = 1024
     """Codes in the table."""
     dim: int = 256
@@ -50,8 +62,13 @@ class VQConfig:
     """"codebook" is the swapped form that all published taming weights were trained with."""
     normalize: bool = False
     """Search among directions: latents and codes have length 1."""
+    rotation: bool = False
+    """Turn and scale the gradient of `z_q` as the code is turned and scaled from its latent, in
+    place of straight through."""
     init_from_data: bool = True
     """Start from latents of the first batch, not from U(-1/k, 1/k)."""
+    k_means: int = 0
+    """Lloyd iterations on the first batch, with such latents to start from; 0 takes these."""
     revive_after: int = 100
     """Batches that a code may go unused before it is moved; 0 never moves any."""
     used_codes: int = 0
@@ -59,10 +76,16 @@ class VQConfig:
     unknown_id: int = -1
     """-1 searches the used codes only. Else, as published: all codes are searched, and what is not
     in use gets this id, or `used_codes` for an id of its own; such ids do not give z_q back."""
+    chunk: int = 8192
+    """Codes compared at once; more are searched in turns, for a memory of `bhw x chunk` floats."""
 
     def check(self) -> None:
         """Raises InputError where the fields contradict one another."""
-        check_positive(self, "codebook_size", "dim")
+        check_positive(self, "codebook_size", "dim", "chunk")
+        if self.k_means < 0 or (self.k_means and not self.init_from_data):
+            raise InputError(
+                f"quantizer.k_means {self.k_means}: must be at least 0, and needs init_from_data"
+            )
         check_used_codes(self.used_codes, self.codebook_size)
         if self.used_codes and (self.init_from_data or self.revive_after):
             raise InputError(
@@ -78,7 +101,7 @@ class VQConfig:
 
 class VectorQuantizer(Quantizer):
     """Nearest-neighbour quantizer. The gradient of `z_q` goes straight through to the latents, or
-    to the latents of length 1."""
+    to the latents of length 1, or turned by `rotation`."""
 
     def __init__(self, config: VQConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -99,7 +122,7 @@ class VectorQuantizer(Quantizer):
     ) -> QuantizerOutput:
         z = self._scaled(z.astype(jnp.float32))
         table = self._scaled(self.codebook[...])
-        rows = self._nearest(jax.lax.stop_gradient(z), jax.lax.stop_gradient(table))
+        rows = self._nearest(z, table)
         codes = table[rows]
         commitment = jnp.mean(jnp.square(jax.lax.stop_gradient(codes) - z))
         codebook = jnp.mean(jnp.square(codes - jax.lax.stop_gradient(z)))
@@ -108,7 +131,7 @@ class VectorQuantizer(Quantizer):
         else:
             codebook = self.config.beta * codebook
         return QuantizerOutput(
-            z_q=straight_through(z, codes),
+            z_q=(rotated if self.config.rotation else straight_through)(z, codes),
             ids=self._ids(rows),
             losses={"commitment": commitment, "codebook": codebook},
         )
@@ -124,23 +147,29 @@ class VectorQuantizer(Quantizer):
     ) -> None:
         if self.used is not None:
             return
-        k = self.config.codebook_size
-        used = jnp.zeros((k,), bool).at[ids.ravel()].set(True)
-        unused = jnp.where(used, 0, self.batches_unused[...] + 1)
-        dead = jnp.zeros((k,), bool)
-        if self.config.revive_after > 0:
-            dead = unused >= self.config.revive_after
-        if self.config.init_from_data:
-            dead = dead | (self.batches_seen[...] == 0)
+        config, k = self.config, self.config.codebook_size
+        dead, self.batches_unused[...] = dead_codes(
+            counted(ids, k) > 0,
+            self.batches_unused[...],
+            self.batches_seen[...] == 0,
+            init_from_data=config.init_from_data,
+            revive_after=config.revive_after,
+        )
         latents = self._scaled(z.astype(jnp.float32)).reshape(-1, z.shape[-1])
-        chosen = jax.random.permutation(key, len(latents))[jnp.arange(k) % len(latents)]
-        moved = jnp.where(dead[:, None], latents[chosen], self.codebook[...])
+        places = chosen(latents, k, key)
+        if config.k_means:
+            places = jax.lax.cond(
+                self.batches_seen[...] == 0,
+                lambda x: self._scaled(k_means(latents, x, config.k_means, config.chunk)),
+                lambda x: x,
+                places,
+            )
+        moved = jnp.where(dead[:, None], places, self.codebook[...])
         self.codebook[...] = jax.lax.stop_gradient(moved)
-        self.batches_unused[...] = jnp.where(dead, 0, unused)
         self.batches_seen[...] += 1
 
     def _scaled(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
-        return _unit(x) if self.config.normalize else x
+        return unit(x) if self.config.normalize else x
 
     def _nearest(
         self, z: Float[Array, "b h w d"], table: Float[Array, "k d"]
@@ -150,10 +179,7 @@ class VectorQuantizer(Quantizer):
         if self.used is not None and self.config.unknown_id == -1:
             among = self.used[...]
             table = table[among]
-        # |z|² is the same for all codes and left out.
-        products = jnp.einsum("bhwd,kd->bhwk", z, table, precision=jax.lax.Precision.HIGHEST)
-        norms = jnp.sum(jnp.square(table), axis=-1).reshape(1, 1, 1, -1)
-        rows = jnp.argmin(norms - 2 * products, axis=-1).astype(jnp.int32)
+        rows = nearest(z, table, self.config.chunk)
         return rows if among is None else among[rows]
 
     def _ids(self, rows: Int[Array, "b h w"]) -> Int[Array, "b h w"]:
@@ -164,14 +190,3 @@ class VectorQuantizer(Quantizer):
         places = jnp.full((k,), n, jnp.int32).at[self.used[...]].min(jnp.arange(n, dtype=jnp.int32))
         ids = places[rows]
         return jnp.where(ids < n, ids, self.config.unknown_id)
-
-
-@jax.jit
-def _unit(x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
-    """`x / max(|x|, 1e-12)` along the last axis.
-
-    Compiled as one and kept apart, so that it rounds alike within any program and by itself: the
-    codes of ids are to equal z_q bit for bit.
-    """
-    norm = jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-24))
-    return jax.lax.optimization_barrier(x / norm)

@@ -1,0 +1,116 @@
+"""Sums and searches over a codebook a chunk at a time: memory is bounded by the chunk, not by the
+number of codes.
+
+Up to `chunk` codes everything is one matrix product, as if this file did not exist. More are taken
+in turn by a scan, which holds `bhw x chunk` floats, and which the backward pass runs again instead
+of keeping what it held. Results differ by rounding alone.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+# Of codes that only fill up the last chunk. Finite: 0 · -inf is not a number.
+_HIDDEN = -1e30
+
+
+def scores(z: Float[Array, "b h w d"], rows: Float[Array, "k d"]) -> Float[Array, "b h w k"]:
+    """Inner products in the full precision of float32, which the choice of a code needs."""
+    return jnp.einsum("bhwd,kd->bhwk", z, rows, precision=jax.lax.Precision.HIGHEST)
+
+
+def weighted_mean(p: Float[Array, "b h w k"], rows: Float[Array, "k d"]) -> Float[Array, "b h w d"]:
+    """Sum of the rows by their probabilities: their share of the mean of all."""
+    return jnp.einsum("bhwk,kd->bhwd", p, rows, precision=jax.lax.Precision.HIGHEST)
+
+
+def nearest(
+    z: Float[Array, "b h w d"], table: Float[Array, "k d"], chunk: int
+) -> Int[Array, "b h w"]:
+    """Rows of the table that are nearest; the first among equals. Without a gradient."""
+    z, table = jax.lax.stop_gradient((z, table))
+
+    def body(best: Any, ids: Array, valid: Array | None, rows: Array) -> Any:
+        # |z|² is the same for all codes and left out.
+        norms = jnp.sum(jnp.square(rows), axis=-1)[None, None, None]
+        return _better(best, ids, hide(2 * scores(z, rows) - norms, valid))
+
+    return fold(body, _no_choice(z), [table], chunk)[1]
+
+
+def choose(
+    views: Callable[..., Sequence[Float[Array, "b h w c"]]],
+    like: Float[Array, "b h w d"],
+    tables: Sequence[Float[Array, "k ..."]],
+    chunk: int,
+) -> tuple[Int[Array, "b h w"], list[Float[Array, "b h w"]]]:
+    """The code of the largest logit, and logarithms of sums of exponentials over all codes.
+
+    Args:
+      views: of (ids of a chunk, its rows of each table), several logits of these codes: the first
+        for the choice, each of the others for a sum.
+      like: any array over the positions.
+    """
+    zero = like[..., 0] * 0.0
+    first = jnp.arange(min(chunk, len(tables[0])))
+    count = len(jax.eval_shape(views, first, *(table[: len(first)] for table in tables))) - 1
+
+    def body(carry: Any, ids: Array, valid: Array | None, *rows: Array) -> Any:
+        best, totals = carry
+        choice, *others = (hide(view, valid) for view in views(ids, *rows))
+        parts = (jax.nn.logsumexp(view, axis=-1) for view in others)
+        totals = [jnp.logaddexp(a, b) for a, b in zip(totals, parts, strict=True)]
+        return _better(best, ids, jax.lax.stop_gradient(choice)), totals
+
+    start = (_no_choice(like), [zero + _HIDDEN] * count)
+    (_, ids), totals = fold(body, start, tables, chunk)
+    return ids, totals
+
+
+def fold(
+    body: Callable[..., Any],
+    start: Any,
+    tables: Sequence[Float[Array, "k ..."]],
+    chunk: int,
+) -> Any:
+    """`carry = body(carry, ids, valid, *rows)` over chunks of equally long tables.
+
+    `ids` are the numbers of the rows. `valid` says which of them exist, and is None where all do.
+    """
+    k = len(tables[0])
+    chunks = math.ceil(k / chunk)
+    if chunks == 1:
+        return body(start, jnp.arange(k, dtype=jnp.int32), None, *tables)
+    size = math.ceil(k / chunks)
+    fill = chunks * size - k
+    ids = jnp.arange(chunks * size, dtype=jnp.int32).reshape(chunks, size)
+    parts = []
+    for table in tables:
+        if fill:
+            table = jnp.pad(table, [(0, fill)] + [(0, 0)] * (table.ndim - 1))
+        parts.append(table.reshape(chunks, size, *table.shape[1:]))
+
+    def step(carry: Any, part: Any) -> tuple[Any, None]:
+        ids, *rows = part
+        return body(carry, ids, ids < k if fill else None, *rows), None
+
+    return jax.lax.scan(jax.checkpoint(step, prevent_cse=False), start, (ids, *parts))[0]
+
+
+def hide(view: Float[Array, "b h w c"], valid: Bool[Array, " c"] | None) -> Float[Array, "b h w c"]:
+    """Logits in which codes that do not exist have no share."""
+    return view if valid is None else jnp.where(valid[None, None, None], view, _HIDDEN)
+
+
+def _no_choice(z: Float[Array, "b h w d"]) -> tuple[Float[Array, "b h w"], Int[Array, "b h w"]]:
+    return jnp.full(z.shape[:3], -jnp.inf), jnp.zeros(z.shape[:3], jnp.int32)
+
+
+def _better(best: Any, ids: Int[Array, " c"], view: Float[Array, "b h w c"]) -> Any:
+    """The best so far and its id; what came first stays among equals."""
+    top, at = jnp.max(view, axis=-1), ids[jnp.argmax(view, axis=-1)]
+    return jnp.maximum(best[0], top), jnp.where(top > best[0], at, best[1])
