@@ -11,9 +11,11 @@ import optax
 import pytest
 from flax import nnx
 
+from vqgan.adversarial.feature_heads import FeatureHeadsConfig
 from vqgan.adversarial.losses import discriminator_loss, generator_loss, pixel_loss
 from vqgan.adversarial.lpips import LPIPS
 from vqgan.adversarial.patchgan import PatchGANConfig
+from vqgan.adversarial.stylegan2 import StyleGAN2Config
 from vqgan.data.pipeline import DataConfig
 from vqgan.pictures import to_float
 from vqgan.tokenizer.autoencoder import AutoencoderConfig
@@ -285,3 +287,35 @@ def test_schedule_counts_updates_not_batches():
     config = OptimConfig(lr=1.0, schedule="cosine", accumulate=4)
     np.testing.assert_allclose(schedule(config, 40)(10), 0.0, atol=1e-7)
     assert schedule(config, 40)(5) > 0.4
+
+
+# Other discriminators.
+
+
+def small_maps(x):
+    return [x, x.reshape(len(x), 8, 2, 8, 6).transpose(0, 1, 3, 2, 4).reshape(len(x), 8, 8, 12)]
+
+
+@pytest.mark.parametrize(
+    ("judge", "extractor"),
+    [
+        (StyleGAN2Config(resolution=16, base_channels=4, max_channels=8), None),
+        (FeatureHeadsConfig(map_channels=(3, 12), width=8), jax.tree_util.Partial(small_maps)),
+    ],
+    ids=["stylegan2", "features"],
+)
+def test_the_generator_follows_any_discriminator(judge, extractor):
+    stage, init = setup(dataclasses.replace(CONFIG, discriminator=judge), GRADIENTS, GRADIENTS)
+    state = spread_codes(init())
+    one = jax.jit(functools.partial(step, stage))
+    new, metrics = one(state, batch(), key=KEY, lpips=None, extractor=extractor)
+    output = nnx.merge(stage.tokenizer, state.params, state.codebook_stats)(
+        to_float(batch()["image"])
+    )
+    logits = nnx.merge(stage.discriminator, state.disc_params, state.disc_stats)(
+        output.reconstruction if extractor is None else extractor(output.reconstruction), train=True
+    )
+    np.testing.assert_allclose(metrics["disc_fake"], logits.mean(), rtol=1e-4, atol=1e-6)
+    assert metrics["adversarial_weight"] > 0
+    # The hinge's pulls on the last bias cancel.
+    assert all(np.any(np.asarray(g)) for g in jax.tree.leaves(new.disc_optim) if g.ndim > 1)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from vqgan.adversarial.discriminators import DiscriminatorConfig
 from vqgan.adversarial.patchgan import PatchGANConfig
 from vqgan.data.pipeline import DataConfig
 from vqgan.prior.transformer import PriorConfig
@@ -78,7 +79,7 @@ class TokenizerTraining:
     """Directory, or owner/name on the hub, of a tokenizer to start from, such as an imported one.
     `model` is then its config; a discriminator that lies beside it comes along."""
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
-    discriminator: PatchGANConfig = field(default_factory=PatchGANConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=PatchGANConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     disc_optim: OptimConfig = field(default_factory=OptimConfig)

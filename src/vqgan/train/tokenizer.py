@@ -26,6 +26,11 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
+from vqgan.adversarial.discriminators import (
+    Discriminator,
+    load_discriminator,
+    make_discriminator,
+)
 from vqgan.adversarial.losses import (
     adaptive_weight,
     discriminator_loss,
@@ -33,7 +38,6 @@ from vqgan.adversarial.losses import (
     pixel_loss,
 )
 from vqgan.adversarial.lpips import LPIPS, load_lpips
-from vqgan.adversarial.patchgan import PatchGAN
 from vqgan.data.pipeline import eval_batches, image_augment
 from vqgan.data.sources import ImageSource, open_source
 from vqgan.errors import InputError
@@ -60,6 +64,7 @@ from vqgan.train.stream import global_batches
 Batch = dict[str, Any]
 Metrics = dict[str, Float[Array, ""]]
 Images = Float[Array, "b h w c"]
+Extractor = Callable[[Images], list[Array]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +91,10 @@ def setup(
     optim = optim or optimizer(config.optim, config.run.steps)
     disc_optim = disc_optim or optimizer(config.disc_optim, config.run.steps)
 
-    def modules() -> tuple[Tokenizer, PatchGAN]:
+    def modules() -> tuple[Tokenizer, Discriminator]:
         rngs = nnx.Rngs(config.run.seed)
-        return Tokenizer(config.model, rngs=rngs), PatchGAN(config.discriminator, rngs=rngs)
+        tokenizer = Tokenizer(config.model, rngs=rngs)
+        return tokenizer, make_discriminator(config.discriminator, rngs=rngs)
 
     def init() -> TokenizerState:
         tokenizer, discriminator = modules()
@@ -118,7 +124,12 @@ def setup(
 
 
 def step(
-    stage: Stage1, state: TokenizerState, batch: Batch, key: Key[Array, ""], lpips: LPIPS | None
+    stage: Stage1,
+    state: TokenizerState,
+    batch: Batch,
+    key: Key[Array, ""],
+    lpips: LPIPS | None,
+    extractor: Extractor | None = None,
 ) -> tuple[TokenizerState, Metrics]:
     """One update of the autoencoder and one of the discriminator.
 
@@ -126,6 +137,7 @@ def step(
       batch: `image`, uint8 `[b, h, w, c]`.
       key: the run's; the step's own are derived from it.
       lpips: the perceptual network; None where its weight is 0.
+      extractor: feature maps of images, for a discriminator on features.
     """
     loss = stage.config.loss
     key = jax.random.fold_in(key, state.step)
@@ -148,7 +160,8 @@ def step(
     (nll, terms), wish = jax.value_and_grad(_reconstruction_terms, has_aux=True)(
         reconstruction, images, loss, lpips
     )
-    play = functools.partial(_play, stage, state, images, reconstruction, wish, pull_last)
+    judge = functools.partial(_judge, stage, extractor)
+    play = functools.partial(_play, stage, state, judge, images, reconstruction, wish, pull_last)
     game = _once_begun(loss, state, reconstruction, play)
 
     # Back through the last layer and everything before it, once.
@@ -233,9 +246,20 @@ def _once_begun(
     return jax.lax.cond(state.step >= begin, play, rest)
 
 
+def _judge(
+    stage: Stage1, extractor: Extractor | None, params: nnx.State, stats: nnx.State, x: Images
+) -> tuple[Array, nnx.State]:
+    """The discriminator's logits, and its statistics after it has seen these images."""
+    discriminator = nnx.merge(stage.discriminator, params, stats, copy=True)
+    seen = x if extractor is None else extractor(x)
+    logits = discriminator(seen, train=True)
+    return logits, split(discriminator)[2]
+
+
 def _play(
     stage: Stage1,
     state: TokenizerState,
+    judge: Callable[[nnx.State, nnx.State, Images], tuple[Array, nnx.State]],
     images: Images,
     reconstruction: Images,
     nll_wish: Images,
@@ -243,12 +267,6 @@ def _play(
 ) -> _Game:
     """Both players' terms from one pass of the discriminator over the reconstruction."""
     loss = stage.config.loss
-
-    def judge(params: nnx.State, stats: nnx.State, x: Images) -> tuple[Array, nnx.State]:
-        discriminator = nnx.merge(stage.discriminator, params, stats, copy=True)
-        logits = discriminator(x, train=True)
-        return logits, split(discriminator)[2]
-
     params = state.disc_params
     real, pull_real, stats = jax.vjp(
         lambda p: judge(p, state.disc_stats, images), params, has_aux=True
@@ -318,12 +336,16 @@ def train_tokenizer(
     *,
     optim: optax.GradientTransformation | None = None,
     disc_optim: optax.GradientTransformation | None = None,
+    extractor: Extractor | None = None,
     deadline: float | None = None,
 ) -> Tokenizer:
     """Trains a tokenizer in the run directory `out`, or goes on with the run that is there.
 
     Args:
       optim, disc_optim: optax transforms in place of the configured ones.
+      extractor: feature maps of images `[b, h, w, c]` in [-1, 1], for a discriminator of kind
+        "features": a differentiable function or, so that its weights need not become constants of
+        the compiled step, a module. VGG16's stages by default.
       deadline: `time.monotonic()` at which to stop early, in good order.
 
     Returns:
@@ -355,6 +377,7 @@ def train_tokenizer(
         mesh,
         key=jax.random.key(run.seed),
         lpips=load_lpips(config.loss.perceptual) if config.loss.perceptual_weight else None,
+        extractor=_extractor(config, extractor),
     )
     judge = load_lpips("vgg16") if config.model.autoencoder.in_channels in (1, 3) else None
 
@@ -395,15 +418,24 @@ def train_tokenizer(
     return averaged(state)
 
 
-def _start(source: str) -> tuple[Tokenizer, PatchGAN | None]:
+def _extractor(config: TokenizerTraining, given: Extractor | None) -> Extractor | None:
+    """What shows images to a discriminator on features, as an argument of the compiled step."""
+    if config.discriminator.kind != "features":
+        return None
+    if given is None:
+        return jax.tree_util.Partial(LPIPS.features, load_lpips("vgg16"))
+    return given if isinstance(given, nnx.Module) else jax.tree_util.Partial(given)
+
+
+def _start(source: str) -> tuple[Tokenizer, Discriminator | None]:
     """The models to start from. Raises InputError where there are none."""
     tokenizer = Tokenizer.from_pretrained(source)
     place = model_directory(Path(source)) / "discriminator"
-    return tokenizer, PatchGAN.from_pretrained(place) if place.is_dir() else None
+    return tokenizer, load_discriminator(place) if place.is_dir() else None
 
 
 def _started(
-    state: TokenizerState, tokenizer: Tokenizer, discriminator: PatchGAN | None
+    state: TokenizerState, tokenizer: Tokenizer, discriminator: Discriminator | None
 ) -> TokenizerState:
     """A fresh state with the weights of given models, each where its array was."""
 
@@ -435,15 +467,21 @@ def reconstruct(tokenizer: Tokenizer, images: np.ndarray) -> np.ndarray:
 def _check(config: TokenizerTraining, source: ImageSource) -> None:
     """Raises InputError for what would only fail deep inside the first step."""
     config.model.check()
-    model = config.model.autoencoder
+    judge, model = config.discriminator, config.model.autoencoder
+    judge.check()
+    if judge.kind == "stylegan2" and judge.resolution != config.data.image_size:
+        raise InputError(
+            f"discriminator.resolution {judge.resolution} is not data.image_size "
+            f"{config.data.image_size}"
+        )
     if config.data.image_size % model.factor:
         raise InputError(
             f"data.image_size {config.data.image_size} is not a multiple of {model.factor}, "
             "the tokenizer's downsampling factor"
         )
     channels = source[0]["image"].shape[-1]
-    if channels != model.in_channels or channels != config.discriminator.in_channels:
+    if channels != model.in_channels or channels != judge.in_channels:
         raise InputError(
             f"{source.name}: images have {channels} channel(s), the tokenizer takes "
-            f"{model.in_channels} and the discriminator {config.discriminator.in_channels}"
+            f"{model.in_channels} and the discriminator {judge.in_channels}"
         )
