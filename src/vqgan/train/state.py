@@ -30,6 +30,8 @@ class TokenizerState:
     disc_params: nnx.State
     disc_stats: nnx.State
     disc_optim: Any
+    logit_means: Any
+    """Moving averages of the mean real and the mean fake logit, float32 `[2]`, for LeCam."""
 
 
 @jax.tree_util.register_dataclass

@@ -26,6 +26,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
+from vqgan.adversarial.augment import diff_augment
 from vqgan.adversarial.discriminators import (
     Discriminator,
     load_discriminator,
@@ -35,7 +36,9 @@ from vqgan.adversarial.losses import (
     adaptive_weight,
     discriminator_loss,
     generator_loss,
+    lecam_loss,
     pixel_loss,
+    r1_penalty,
 )
 from vqgan.adversarial.lpips import LPIPS, load_lpips
 from vqgan.data.pipeline import eval_batches, image_augment
@@ -109,6 +112,7 @@ def setup(
             disc_params=disc_params,
             disc_stats=disc_stats,
             disc_optim=disc_optim.init(disc_params),
+            logit_means=jnp.zeros(2),
         )
 
     tokenizer, discriminator = nnx.eval_shape(modules)
@@ -160,9 +164,9 @@ def step(
     (nll, terms), wish = jax.value_and_grad(_reconstruction_terms, has_aux=True)(
         reconstruction, images, loss, lpips
     )
-    judge = functools.partial(_judge, stage, extractor)
+    judge = functools.partial(_judge, stage, extractor, jax.random.fold_in(key, 4))
     play = functools.partial(_play, stage, state, judge, images, reconstruction, wish, pull_last)
-    game = _once_begun(loss, state, reconstruction, play)
+    game = _once_begun(stage.config, state, reconstruction, play)
 
     # Back through the last layer and everything before it, once.
     last_grads, features_wish = pull_last(wish + game.wish)
@@ -184,6 +188,7 @@ def step(
         disc_params=game.disc_params,
         disc_stats=game.disc_stats,
         disc_optim=game.disc_optim,
+        logit_means=game.logit_means,
     )
     return new, metrics
 
@@ -218,14 +223,28 @@ class _Game:
     disc_params: nnx.State
     disc_stats: nnx.State
     disc_optim: Any
+    logit_means: Float[Array, "2"]
     metrics: Metrics
 
 
+def disc_start(config: TokenizerTraining) -> int:
+    """The step from which the generator sees the discriminator; -1 means never."""
+    loss = config.loss
+    if loss.disc_start_fraction:
+        return round(loss.disc_start_fraction * config.run.steps)
+    return loss.disc_start
+
+
 def _once_begun(
-    loss: LossConfig, state: TokenizerState, reconstruction: Images, play: Callable[[], _Game]
+    config: TokenizerTraining,
+    state: TokenizerState,
+    reconstruction: Images,
+    play: Callable[[], _Game],
 ) -> _Game:
     """The adversarial round from its first step on, which is traced: nothing recompiles."""
+    loss, start = config.loss, disc_start(config)
     names = ["adversarial", "adversarial_weight", "disc_loss", "disc_real", "disc_fake"]
+    names += ["lecam"] * bool(loss.lecam_weight) + ["r1"] * bool(loss.r1_weight)
 
     def rest() -> _Game:
         zero = jnp.zeros(())
@@ -235,11 +254,12 @@ def _once_begun(
             disc_params=state.disc_params,
             disc_stats=state.disc_stats,
             disc_optim=state.disc_optim,
+            logit_means=state.logit_means,
             metrics=dict.fromkeys(names, zero),
         )
 
-    begin = loss.disc_start - loss.disc_warmup
-    if loss.disc_start < 0:
+    begin = start - loss.disc_warmup
+    if start < 0:
         return rest()
     if begin <= 0:
         return play()
@@ -247,9 +267,21 @@ def _once_begun(
 
 
 def _judge(
-    stage: Stage1, extractor: Extractor | None, params: nnx.State, stats: nnx.State, x: Images
+    stage: Stage1,
+    extractor: Extractor | None,
+    key: Key[Array, ""],
+    params: nnx.State,
+    stats: nnx.State,
+    x: Images,
+    *,
+    draw: int,
 ) -> tuple[Array, nnx.State]:
-    """The discriminator's logits, and its statistics after it has seen these images."""
+    """The discriminator's logits, and its statistics after it has seen these images.
+
+    Args:
+      draw: which of the step's random augmentations it sees them under.
+    """
+    x = diff_augment(x, stage.config.loss.augment, jax.random.fold_in(key, draw))
     discriminator = nnx.merge(stage.discriminator, params, stats, copy=True)
     seen = x if extractor is None else extractor(x)
     logits = discriminator(seen, train=True)
@@ -259,7 +291,7 @@ def _judge(
 def _play(
     stage: Stage1,
     state: TokenizerState,
-    judge: Callable[[nnx.State, nnx.State, Images], tuple[Array, nnx.State]],
+    judge: Callable[..., tuple[Array, nnx.State]],
     images: Images,
     reconstruction: Images,
     nll_wish: Images,
@@ -269,10 +301,10 @@ def _play(
     loss = stage.config.loss
     params = state.disc_params
     real, pull_real, stats = jax.vjp(
-        lambda p: judge(p, state.disc_stats, images), params, has_aux=True
+        lambda p: judge(p, state.disc_stats, images, draw=0), params, has_aux=True
     )
     fake, pull_fake, stats = jax.vjp(
-        lambda p, x: judge(p, stats, x), params, reconstruction, has_aux=True
+        lambda p, x: judge(p, stats, x, draw=1), params, reconstruction, has_aux=True
     )
 
     # The generator's side.
@@ -282,13 +314,26 @@ def _play(
     if loss.adaptive:
         at_last = (pull_last(w)[0]["kernel"][...] for w in (nll_wish, wish))
         weight = weight * adaptive_weight(*at_last)
-    weight = jnp.where(state.step >= loss.disc_start, weight, 0.0)
+    begun = state.step - disc_start(stage.config)
+    weight = jnp.where(begun >= 0, weight, 0.0)
+    if loss.disc_ramp:
+        weight = weight * jnp.clip((begun + 1) / loss.disc_ramp, 0.0, 1.0)
 
     # The discriminator's side.
-    disc_loss, (real_wish, fake_wish) = jax.value_and_grad(
-        lambda r, f: discriminator_loss(loss.adversarial, r, f), argnums=(0, 1)
-    )(real, fake)
+    def against(real: Array, fake: Array) -> tuple[Array, Metrics]:
+        terms = {"disc_loss": discriminator_loss(loss.adversarial, real, fake)}
+        total = terms["disc_loss"]
+        if loss.lecam_weight:
+            terms["lecam"] = lecam_loss(real, fake, state.logit_means)
+            total = total + loss.lecam_weight * terms["lecam"]
+        return total, terms
+
+    (real_wish, fake_wish), terms = jax.grad(against, argnums=(0, 1), has_aux=True)(real, fake)
     grads = jax.tree.map(jnp.add, pull_real(real_wish)[0], pull_fake(fake_wish)[0])
+    if loss.r1_weight:
+        terms["r1"], penalty = _lazy_r1(loss, state, judge, images)
+        grads = jax.tree.map(jnp.add, grads, penalty)
+    means = jnp.stack([jnp.mean(real), jnp.mean(fake)])
     updates, optim = stage.disc_optim.update(grads, state.disc_optim, params)
 
     return _Game(
@@ -297,14 +342,36 @@ def _play(
         disc_params=optax.apply_updates(params, updates),
         disc_stats=stats,
         disc_optim=optim,
+        logit_means=state.logit_means + (1 - loss.lecam_decay) * (means - state.logit_means),
         metrics={
             "adversarial": generator,
             "adversarial_weight": weight,
-            "disc_loss": disc_loss,
-            "disc_real": jnp.mean(real),
-            "disc_fake": jnp.mean(fake),
+            "disc_real": means[0],
+            "disc_fake": means[1],
+            **terms,
         },
     )
+
+
+def _lazy_r1(
+    loss: LossConfig,
+    state: TokenizerState,
+    judge: Callable[..., tuple[Array, nnx.State]],
+    images: Images,
+) -> tuple[Float[Array, ""], nnx.State]:
+    """The R1 penalty and its weighted gradient, every `r1_every` steps for as many at once."""
+
+    def penalty(params: nnx.State) -> Float[Array, ""]:
+        return r1_penalty(lambda x: judge(params, state.disc_stats, x, draw=0)[0], images)
+
+    def now() -> tuple[Float[Array, ""], nnx.State]:
+        value, grads = jax.value_and_grad(penalty)(state.disc_params)
+        return value, jax.tree.map(lambda g: loss.r1_weight * loss.r1_every * g, grads)
+
+    def later() -> tuple[Float[Array, ""], nnx.State]:
+        return jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.disc_params)
+
+    return jax.lax.cond(state.step % loss.r1_every == 0, now, later)
 
 
 def _maintain_codebook(
@@ -469,6 +536,12 @@ def _check(config: TokenizerTraining, source: ImageSource) -> None:
     config.model.check()
     judge, model = config.discriminator, config.model.autoencoder
     judge.check()
+    if not 0 <= config.loss.disc_start_fraction < 1:
+        raise InputError(
+            f"loss.disc_start_fraction {config.loss.disc_start_fraction} is not in [0, 1)"
+        )
+    if config.loss.r1_every < 1:
+        raise InputError(f"loss.r1_every {config.loss.r1_every} is not 1 or more")
     if judge.kind == "stylegan2" and judge.resolution != config.data.image_size:
         raise InputError(
             f"discriminator.resolution {judge.resolution} is not data.image_size "
