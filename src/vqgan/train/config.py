@@ -9,6 +9,7 @@ from vqgan.adversarial.patchgan import PatchGANConfig
 from vqgan.data.pipeline import DataConfig
 from vqgan.prior.transformer import PriorConfig
 from vqgan.tokenizer.model import TokenizerConfig
+from vqgan.train.guard import GuardConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,9 @@ class LossConfig:
     """Steps between two penalties, each of which counts for so many."""
     augment: tuple[Augmentation, ...] = ()
     """DiffAugment: what is done to all that the discriminator sees."""
+    guard: bool = True
+    """Hold, then lower the adversarial term, then go back, where it wrecks the reconstruction."""
+    guard_rule: GuardConfig = field(default_factory=GuardConfig)
 
 
 @dataclass(frozen=True, kw_only=True)

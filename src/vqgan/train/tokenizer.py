@@ -51,6 +51,7 @@ from vqgan.tokenizer.autoencoder import to_pixels
 from vqgan.tokenizer.model import Tokenizer
 from vqgan.train import loop, sharding
 from vqgan.train.config import LossConfig, TokenizerTraining
+from vqgan.train.guard import Watch, guard_metrics, new_guard, observe, strength
 from vqgan.train.optim import optimizer
 from vqgan.train.run_directory import claim
 from vqgan.train.state import (
@@ -113,6 +114,7 @@ def setup(
             disc_stats=disc_stats,
             disc_optim=disc_optim.init(disc_params),
             logit_means=jnp.zeros(2),
+            guard=new_guard(),
         )
 
     tokenizer, discriminator = nnx.eval_shape(modules)
@@ -179,6 +181,11 @@ def step(
     metrics = terms | q.losses | game.metrics | statistics
     metrics["loss"] = nll + loss.codebook_weight * codebook_loss + game.loss
     metrics["grad_norm"] = optax.tree.norm(grads)
+    guard = state.guard
+    if loss.guard and disc_start(stage.config) >= 0:
+        begun = state.step >= disc_start(stage.config)
+        guard = observe(loss.guard_rule, guard, nll, game.balance, begun)
+        metrics |= guard_metrics(guard)
     new = TokenizerState(
         step=state.step + 1,
         params=params,
@@ -189,6 +196,7 @@ def step(
         disc_stats=game.disc_stats,
         disc_optim=game.disc_optim,
         logit_means=game.logit_means,
+        guard=guard,
     )
     return new, metrics
 
@@ -220,6 +228,8 @@ class _Game:
     wish: Images
     """Gradient of the weighted adversarial term with respect to the reconstruction."""
     loss: Float[Array, ""]
+    balance: Float[Array, ""]
+    """The adversarial weight, whether or not the generator sees the discriminator yet."""
     disc_params: nnx.State
     disc_stats: nnx.State
     disc_optim: Any
@@ -251,6 +261,7 @@ def _once_begun(
         return _Game(
             wish=jnp.zeros_like(reconstruction),
             loss=zero,
+            balance=zero,
             disc_params=state.disc_params,
             disc_stats=state.disc_stats,
             disc_optim=state.disc_optim,
@@ -310,14 +321,16 @@ def _play(
     # The generator's side.
     generator, fake_wish = jax.value_and_grad(lambda f: generator_loss(loss.adversarial, f))(fake)
     wish = pull_fake(fake_wish)[1]
-    weight = jnp.asarray(loss.adversarial_weight)
+    balance = jnp.asarray(loss.adversarial_weight)
     if loss.adaptive:
         at_last = (pull_last(w)[0]["kernel"][...] for w in (nll_wish, wish))
-        weight = weight * adaptive_weight(*at_last)
+        balance = balance * adaptive_weight(*at_last)
     begun = state.step - disc_start(stage.config)
-    weight = jnp.where(begun >= 0, weight, 0.0)
+    weight = jnp.where(begun >= 0, balance, 0.0)
     if loss.disc_ramp:
         weight = weight * jnp.clip((begun + 1) / loss.disc_ramp, 0.0, 1.0)
+    if loss.guard:
+        weight = weight * strength(state.guard)
 
     # The discriminator's side.
     def against(real: Array, fake: Array) -> tuple[Array, Metrics]:
@@ -339,6 +352,7 @@ def _play(
     return _Game(
         wish=weight * wish,
         loss=weight * generator,
+        balance=balance,
         disc_params=optax.apply_updates(params, updates),
         disc_stats=stats,
         disc_optim=optim,
@@ -467,6 +481,7 @@ def train_tokenizer(
             steps = int(state.step)
             tokenizer.save_pretrained(directory, provenance={"data": data.source, "steps": steps})
 
+    guarded = config.loss.guard and disc_start(config) >= 0
     state = loop.fit(
         state,
         one_step,
@@ -480,6 +495,9 @@ def train_tokenizer(
         images_per_step=data.batch_size,
         meta={"config": to_json(config)},
         best_of="l1",
+        watch=Watch() if guarded else None,
+        # A good state to return to: the last before the generator sees the discriminator.
+        save_at=disc_start(config) if guarded else 0,
         deadline=deadline,
     )
     return averaged(state)
