@@ -271,8 +271,8 @@ def _sample(argv: Sequence[str]) -> None:
 
 def _convert(argv: Sequence[str]) -> None:
     def options(
-        src: tyro.conf.Positional[Path],
-        dst: tyro.conf.Positional[Path],
+        src: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SRC")],
+        dst: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")],
         format: str = "auto",
         config: Path | None = None,
         weights: Literal["ema", "raw"] = "ema",

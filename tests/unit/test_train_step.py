@@ -11,9 +11,11 @@ import optax
 import pytest
 from flax import nnx
 
+from vqgan.adversarial.feature_heads import FeatureHeadsConfig
 from vqgan.adversarial.losses import discriminator_loss, generator_loss, pixel_loss
 from vqgan.adversarial.lpips import LPIPS
 from vqgan.adversarial.patchgan import PatchGANConfig
+from vqgan.adversarial.stylegan2 import StyleGAN2Config
 from vqgan.data.pipeline import DataConfig
 from vqgan.pictures import to_float
 from vqgan.tokenizer.autoencoder import AutoencoderConfig
@@ -285,3 +287,95 @@ def test_schedule_counts_updates_not_batches():
     config = OptimConfig(lr=1.0, schedule="cosine", accumulate=4)
     np.testing.assert_allclose(schedule(config, 40)(10), 0.0, atol=1e-7)
     assert schedule(config, 40)(5) > 0.4
+
+
+# Other discriminators.
+
+
+def small_maps(x):
+    return [x, x.reshape(len(x), 8, 2, 8, 6).transpose(0, 1, 3, 2, 4).reshape(len(x), 8, 8, 12)]
+
+
+@pytest.mark.parametrize(
+    ("judge", "extractor"),
+    [
+        (StyleGAN2Config(resolution=16, base_channels=4, max_channels=8), None),
+        (FeatureHeadsConfig(map_channels=(3, 12), width=8), jax.tree_util.Partial(small_maps)),
+    ],
+    ids=["stylegan2", "features"],
+)
+def test_the_generator_follows_any_discriminator(judge, extractor):
+    stage, init = setup(dataclasses.replace(CONFIG, discriminator=judge), GRADIENTS, GRADIENTS)
+    state = spread_codes(init())
+    one = jax.jit(functools.partial(step, stage))
+    new, metrics = one(state, batch(), key=KEY, lpips=None, extractor=extractor)
+    output = nnx.merge(stage.tokenizer, state.params, state.codebook_stats)(
+        to_float(batch()["image"])
+    )
+    logits = nnx.merge(stage.discriminator, state.disc_params, state.disc_stats)(
+        output.reconstruction if extractor is None else extractor(output.reconstruction), train=True
+    )
+    np.testing.assert_allclose(metrics["disc_fake"], logits.mean(), rtol=1e-4, atol=1e-6)
+    assert metrics["adversarial_weight"] > 0
+    # The hinge's pulls on the last bias cancel.
+    assert all(np.any(np.asarray(g)) for g in jax.tree.leaves(new.disc_optim) if g.ndim > 1)
+
+
+# What else the discriminator's loss and the adversarial weight can be.
+
+
+@pytest.fixture(scope="module")
+def regularised():
+    """Steps 0 to 3 with everything on, from disc_start 1 of a ramp over 2; gradients are kept."""
+    changes = {"lecam_weight": 0.5, "lecam_decay": 0.5, "r1_weight": 3.0, "r1_every": 2}
+    config = with_loss(**changes, disc_start_fraction=0.01, disc_warmup=5, disc_ramp=2)
+    stage, init = setup(config, GRADIENTS, GRADIENTS)
+    jitted = jax.jit(functools.partial(step, stage, lpips=None))
+    states, metrics = [spread_codes(init())], []
+    for _ in range(4):
+        state, values = jitted(states[-1], batch(), key=KEY)
+        states.append(state)
+        metrics.append(jax.device_get(values))
+    return stage, states, metrics
+
+
+def test_lecam_and_lazy_r1_add_their_gradients(regularised):
+    stage, states, metrics = regularised
+    images = to_float(batch()["image"])
+    assert [m["r1"] > 0 for m in metrics] == [True, False, True, False]
+    for at, r1_weight in ((1, 0.0), (2, 3.0 * 2)):
+        long_way = Gradients(stage, states[at], images, None)
+        fake = long_way.output(states[at].params).reconstruction
+
+        def loss(p, long_way=long_way, fake=fake, state=states[at], r1_weight=r1_weight):
+            real, made = long_way.logits(p, images), long_way.logits(p, fake)
+            lecam = jnp.square(jax.nn.relu(real - state.logit_means[1])).mean()
+            lecam += jnp.square(jax.nn.relu(state.logit_means[0] - made)).mean()
+            slopes = jax.grad(lambda x: long_way.logits(p, x).mean((1, 2, 3)).sum())(images)
+            r1 = jnp.square(slopes).sum((1, 2, 3)).mean() / 2
+            return discriminator_loss("hinge", real, made) + 0.5 * lecam + r1_weight * r1
+
+        assert_trees_close(states[at + 1].disc_optim, jax.grad(loss)(states[at].disc_params))
+
+
+def test_logit_averages_follow_the_logits(regularised):
+    _, states, metrics = regularised
+    for old, new, m in zip(states, states[1:], metrics, strict=False):
+        now = np.array([m["disc_real"], m["disc_fake"]])
+        np.testing.assert_allclose(new.logit_means, (old.logit_means + now) / 2, rtol=1e-5)
+
+
+def test_the_weight_ramps_up_from_a_fraction_of_the_run(regularised):
+    _, _, metrics = regularised  # the optimiser moves nothing, so the ratio of norms is the same
+    weights = np.array([m["adversarial_weight"] for m in metrics])
+    np.testing.assert_allclose(weights / weights[-1], [0, 0.5, 1, 1], rtol=0.05)
+
+
+def test_both_players_see_augmented_images():
+    stage, init = setup(with_loss(augment=("cutout", "translation")), GRADIENTS, GRADIENTS)
+    jitted = jax.jit(functools.partial(step, stage, lpips=None))
+    states = [jitted(init(), batch(), key=jax.random.key(seed)) for seed in (0, 0, 1)]
+    real = [float(metrics["disc_real"]) for _, metrics in states]
+    assert real[0] == real[1] != real[2]
+    norms = [float(metrics["grad_norm"]) for _, metrics in states]
+    assert norms[0] == norms[1] != norms[2]

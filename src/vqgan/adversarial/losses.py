@@ -4,6 +4,7 @@ Esser, Rombach, Ommer 2021, "Taming Transformers for High-Resolution Image Synth
 (arXiv:2012.09841), equations 5 to 7. Logits are those of a discriminator that calls real positive.
 """
 
+from collections.abc import Callable
 from typing import Literal, assert_never
 
 import jax
@@ -52,6 +53,41 @@ def generator_loss(kind: GanLoss, fake_logits: Float[Array, "*f"]) -> Float[Arra
             return jax.nn.softplus(-fake_logits).mean()
         case _:
             assert_never(kind)
+
+
+def lecam_loss(
+    real_logits: Float[Array, "*r"], fake_logits: Float[Array, "*f"], averages: Float[Array, "2"]
+) -> Float[Array, ""]:
+    """LeCam regulariser of the discriminator (Tseng et al. 2021, arXiv:2104.03310), as published
+    code has it: real logits do not rise above what fake ones have been, nor fake ones fall below
+    what real ones have been, which bounds how far the two are driven apart.
+
+    Args:
+      averages: moving averages of the mean real and the mean fake logit.
+    """
+    real, fake = averages
+    above = jax.nn.relu(real_logits - fake)
+    below = jax.nn.relu(real - fake_logits)
+    return jnp.square(above).mean() + jnp.square(below).mean()
+
+
+def r1_penalty(
+    judge: Callable[[Float[Array, "b h w c"]], Float[Array, "b ..."]],
+    images: Float[Array, "b h w c"],
+) -> Float[Array, ""]:
+    """Half of the squared gradient of an image's logit at real images, a mean over images.
+
+    Mescheder et al. 2018, "Which Training Methods for GANs do actually Converge?"
+    (arXiv:1801.04406), equation 9 with gamma 1; an image's logits are averaged, so that the weight
+    means the same for one logit and for many.
+    """
+
+    def total(x: Float[Array, "b h w c"]) -> Float[Array, ""]:
+        logits = judge(x)
+        return logits.reshape(len(logits), -1).mean(1).sum()
+
+    gradient = jax.grad(total)(images)
+    return 0.5 * jnp.square(gradient).sum((1, 2, 3)).mean()
 
 
 def pixel_loss(

@@ -2,16 +2,19 @@
 
 Isola et al. 2017, "Image-to-Image Translation with Conditional Adversarial Networks"
 (arXiv:1611.07004), in the form that VQGAN trains against. With three strided layers a logit sees
-70 x 70 pixels.
+70 x 70 pixels. With `norm="group"` and `blur` it is of the kind that VQGAN+ (arXiv:2409.16211)
+trains against: no image depends on the others of its batch, and nothing aliases.
 """
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from vqgan.adversarial.layers import ActNorm, blur_pool
 from vqgan.errors import InputError
 from vqgan.nn import conv_general_dilated
 from vqgan.serialization import Pretrained
@@ -22,16 +25,33 @@ class PatchGANConfig:
     """Shape of the discriminator.
 
     Attributes:
+      kind: others are "stylegan2" and "features", each with options and defaults of its own.
       in_channels: of the images.
       base_channels: width of the first layer; it doubles a layer up to eight times.
       num_layers: layers of stride 2. A logit sees 16, 34, 70 or 142 pixels for 1, 2, 3 or 4.
+      norm: after all convolutions but the first and the last; "batch" is the published one.
+      norm_groups: of "group"; a divisor of all widths from the second on.
+      blur: convolve at full size, then `blur_pool`, in place of each stride of 2; about four times
+        the operations.
       dtype: of the computation; parameters, batch statistics and logits are float32.
     """
 
+    kind: Literal["patchgan"] = "patchgan"
     in_channels: int = 3
     base_channels: int = 64
     num_layers: int = 3
+    norm: Literal["batch", "group", "actnorm", "none"] = "batch"
+    norm_groups: int = 32
+    blur: bool = False
     dtype: str = "float32"
+
+    def check(self) -> None:
+        """Raises InputError where fields contradict one another."""
+        if self.norm == "group" and 2 * self.base_channels % self.norm_groups:
+            raise InputError(
+                f"PatchGAN: norm_groups {self.norm_groups} does not divide the "
+                f"{2 * self.base_channels} channels of the second layer"
+            )
 
 
 class BatchNorm(nnx.Module):
@@ -70,7 +90,7 @@ class BatchNorm(nnx.Module):
 class PatchGAN(Pretrained):
     """4 x 4 convolutions: `num_layers` of stride 2, one of stride 1, one to a single channel.
 
-    LeakyReLU(0.2) between them, batch normalisation after all but the first and the last.
+    LeakyReLU(0.2) between them, a norm after all but the first and the last.
     Convolution kernels start as N(0, 0.02), scales as N(1, 0.02), biases as zero.
     """
 
@@ -81,14 +101,19 @@ class PatchGAN(Pretrained):
         layers, base = config.num_layers, config.base_channels
         widths = [config.in_channels, *(base * min(2**n, 8) for n in range(layers + 1)), 1]
         strides = [2] * layers + [1, 1]
+        ends = (0, layers + 1)
+        blurred = (
+            config.blur
+        )  # the stride is then the pooling's, and the convolution keeps the size
         self.convs = nnx.List(
             nnx.Conv(
                 widths[i],
                 widths[i + 1],
                 (4, 4),
-                strides=(stride, stride),
-                padding=((1, 1), (1, 1)),
-                use_bias=i in (0, layers + 1),  # elsewhere the norm would take it away
+                strides=(1, 1) if blurred else (stride, stride),
+                padding=((1, 2), (1, 2)) if blurred and stride == 2 else ((1, 1), (1, 1)),
+                # Batch norm would take it away.
+                use_bias=i in ends or config.norm != "batch",
                 dtype=jnp.dtype(config.dtype),
                 kernel_init=nnx.initializers.normal(0.02),
                 conv_general_dilated=conv_general_dilated,
@@ -96,7 +121,8 @@ class PatchGAN(Pretrained):
             )
             for i, stride in enumerate(strides)
         )
-        self.norms = nnx.List(BatchNorm(width, rngs=rngs) for width in widths[2:-1])
+        widths = widths[2:-1] if config.norm != "none" else []
+        self.norms = nnx.List(_norm(config, width, rngs) for width in widths)
 
     def __call__(
         self, images: Float[Array, "b h w c"], *, train: bool
@@ -104,16 +130,23 @@ class PatchGAN(Pretrained):
         """Logits of `images` in [-1, 1], positive for real.
 
         Args:
-          train: normalise by the statistics of this batch and move the running ones (variables of
-            kind `nnx.BatchStat`, changed in place) towards them; else use the running ones.
+          train: for "batch", normalise by the statistics of this batch and move the running ones
+            (variables of kind `nnx.BatchStat`, changed in place) towards them, else use the running
+            ones; for "actnorm", take the statistics of the first batch.
 
         Raises:
           InputError: an image side is below 3 * 2**num_layers, or the channels differ.
         """
         self._check(images.shape)
-        x = jax.nn.leaky_relu(self.convs[0](images), 0.2)
-        for convolution, norm in zip(list(self.convs)[1:-1], self.norms, strict=True):
-            x = jax.nn.leaky_relu(norm(convolution(x), train=train), 0.2)
+        x = images
+        for i, convolution in enumerate(list(self.convs)[:-1]):
+            x = convolution(x)
+            if i > 0 and self.config.norm != "none":
+                norm = self.norms[i - 1]
+                x = norm(x) if isinstance(norm, nnx.GroupNorm) else norm(x, train=train)
+            x = jax.nn.leaky_relu(x, 0.2)
+            if self.config.blur and i < self.config.num_layers:
+                x = blur_pool(x)
         return self.convs[-1](x).astype(jnp.float32)
 
     def _check(self, shape: tuple[int, ...]) -> None:
@@ -130,3 +163,10 @@ class PatchGAN(Pretrained):
                 f"{self.config.num_layers}, which needs at least {smallest}x{smallest}; use larger "
                 "images or fewer layers"
             )
+
+
+def _norm(config: PatchGANConfig, width: int, rngs: nnx.Rngs) -> nnx.Module:
+    if config.norm == "group":
+        dtype = jnp.dtype(config.dtype)
+        return nnx.GroupNorm(width, num_groups=config.norm_groups, dtype=dtype, rngs=rngs)
+    return (ActNorm if config.norm == "actnorm" else BatchNorm)(width, rngs=rngs)

@@ -3,10 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from vqgan.adversarial.augment import Augmentation
+from vqgan.adversarial.discriminators import DiscriminatorConfig
 from vqgan.adversarial.patchgan import PatchGANConfig
 from vqgan.data.pipeline import DataConfig
 from vqgan.prior.transformer import PriorConfig
 from vqgan.tokenizer.model import TokenizerConfig
+from vqgan.train.guard import GuardConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +48,26 @@ class LossConfig:
     """Multiply `adversarial_weight` by the paper's ratio of gradient norms at the last layer."""
     disc_start: int = 250_001
     """The step from which the generator sees the discriminator; -1 means never."""
+    disc_start_fraction: float = 0.0
+    """Where it is not 0: `disc_start` as a fraction of `run.steps`, in its place."""
+    disc_ramp: int = 0
+    """Steps from `disc_start` on over which the adversarial weight grows linearly to its own."""
     disc_warmup: int = 0
     """Steps before `disc_start` during which the discriminator already learns. The paper's 0 lets
     an untrained discriminator loose on the generator."""
+    lecam_weight: float = 0.0
+    """Of the LeCam regulariser in the discriminator's loss (IBQ 0.05, VQGAN+ 0.001)."""
+    lecam_decay: float = 0.999
+    """Of the averages of real and fake logits that it compares with."""
+    r1_weight: float = 0.0
+    """Of the R1 gradient penalty at real images: gamma, so of half the squared gradient."""
+    r1_every: int = 16
+    """Steps between two penalties, each of which counts for so many."""
+    augment: tuple[Augmentation, ...] = ()
+    """DiffAugment: what is done to all that the discriminator sees."""
+    guard: bool = True
+    """Hold, then lower the adversarial term, then go back, where it wrecks the reconstruction."""
+    guard_rule: GuardConfig = field(default_factory=GuardConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +98,7 @@ class TokenizerTraining:
     """Directory, or owner/name on the hub, of a tokenizer to start from, such as an imported one.
     `model` is then its config; a discriminator that lies beside it comes along."""
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
-    discriminator: PatchGANConfig = field(default_factory=PatchGANConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=PatchGANConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     disc_optim: OptimConfig = field(default_factory=OptimConfig)

@@ -7,7 +7,11 @@
       4. step
       5. log, if due
       6. stop on numbers that are not finite
-      7. stop, after a save, on Ctrl-C, SIGTERM or the deadline
+      7. go back to the newest checkpoint, if the run's guard asks for that
+      8. stop, after a save, on Ctrl-C, SIGTERM or the deadline
+
+Where a run has a guard, only states that it calls calm are saved: a save that is due waits for one.
+So the newest checkpoint is the last good state, and none has to be taken back.
 
 Batches and keys are functions of the step, so a run that was killed at any moment and started again
 computes what it would have computed.
@@ -20,7 +24,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import numpy as np
@@ -35,6 +39,9 @@ Metrics = Mapping[str, Any]
 
 # Steps between two questions among processes whether one of them got a signal.
 _AGREE_EVERY = 10
+# Steps between two looks at the guard, each of which waits for the device. It is no option, so that
+# a resumed run goes back at the same step.
+_LOOK_EVERY = 10
 
 
 class NonFiniteError(RuntimeError):
@@ -56,6 +63,16 @@ class Stream(Protocol):
     def close(self) -> None: ...
 
 
+@runtime_checkable
+class Watch(Protocol):
+    """What the loop asks of a run's guard; vqgan/train/guard.py is one."""
+
+    def calm(self, state: Any) -> bool: ...
+    def asks(self, state: Any) -> bool: ...
+    def returned(self, good: Any, bad: Any) -> Any: ...
+    def news(self, state: Any) -> list[str]: ...
+
+
 def fit(
     state: S,
     step: Callable[[S, Any], tuple[S, Metrics]],
@@ -70,6 +87,8 @@ def fit(
     images_per_step: int,
     meta: dict[str, Any],
     best_of: str,
+    watch: Watch | None = None,
+    save_at: int = 0,
     deadline: float | None = None,
 ) -> S:
     """Runs `step` from the newest checkpoint in `out` (or from `state`) to `run.steps`.
@@ -82,6 +101,8 @@ def fit(
       meta: JSON that every checkpoint carries, the config above all.
       best_of: the held-out number, better where it is lower, whose best value and step every
         checkpoint carries too.
+      watch: the run's guard, if it has one.
+      save_at: a step after which to save even if no save is due.
       deadline: `time.monotonic()` at which to stop early, as if `run.steps` had been reached.
 
     Raises:
@@ -101,6 +122,9 @@ def fit(
         done = start
         # A run that a signal stopped has saved its step, and not evaluated it.
         pending = start > 0 and not _evaluated(out, start)
+        owed = False  # a save that waits for a calm state
+        if watch is not None:
+            watch.news(state)  # what happened before is told
 
         def judge() -> None:
             values = evaluate(state)
@@ -114,7 +138,21 @@ def fit(
             export(state, out / "model")
             checkpoints.save(done, state, {**meta, "step": done, "best": best})
 
-        with log, contextlib.closing(batches(start)) as stream:
+        def calm() -> bool:
+            return watch is None or watch.calm(state)
+
+        def go_back(watch: Watch) -> tuple[S, int]:
+            checkpoints.wait()
+            good = checkpoints.latest()
+            if good is None:
+                log.line(f"{title} {done}: guard: there is no checkpoint to return to")
+                return watch.returned(state, state), done
+            log.line(f"{title} {done}: guard: back to the last good state, step {good}")
+            best.clear()
+            best.update(checkpoints.meta(good)["best"])
+            return watch.returned(checkpoints.restore(good, state), state), good
+
+        with log, _Streams(batches, start) as streams:
             if start:
                 over = start >= run.steps
                 log.line(f"{title} {'is complete at' if over else 'goes on from'} step {start}")
@@ -125,9 +163,12 @@ def fit(
                             judge()
                         if _due(done, run.image_every):
                             log.image(done, "sample", picture(state))
-                        if _due(done, run.save_every) and done > start:
+                        due = _due(done, run.save_every) or done == save_at > 0
+                        owed = (owed or due) and done > start and checkpoints.latest() != done
+                        if owed and calm():
                             save()
-                state, metrics = step(state, next(stream))
+                            owed = False
+                state, metrics = step(state, next(streams))
                 done += 1
                 unchecked.append((done, metrics))
                 log.advance(done)
@@ -137,10 +178,23 @@ def fit(
                     values = _check_finite(unchecked)
                     speed, note = clock.lap(done, run.steps)
                     log.scalars(done, "train", {**values, **speed}, note)
+                if watch is not None and _due(done, _LOOK_EVERY):
+                    if watch.asks(state):
+                        unchecked.clear()
+                        state, done = go_back(watch)
+                        streams.reopen(done)
+                        clock.start(done, metrics)
+                        owed = False
+                    for line in watch.news(state):
+                        log.line(f"{title} {done}: {line}")
                 if deadline is not None and time.monotonic() > deadline:
                     log.line(f"{title}: out of time after step {done} of {run.steps}")
                     break
                 if _stop_asked(done, caught):
+                    good = checkpoints.latest()
+                    if good is not None and not calm():
+                        checkpoints.wait()  # the last good state is all there is to go on from
+                        raise Stopped(good, caught[0] if caught else signal.SIGTERM)
                     save()
                     checkpoints.wait()
                     raise Stopped(done, caught[0] if caught else signal.SIGTERM)
@@ -206,6 +260,27 @@ def _stop_asked(step: int, caught: list[int]) -> bool:
     if step % _AGREE_EVERY:
         return False
     return bool(np.any(multihost_utils.process_allgather(np.array(bool(caught)))))
+
+
+class _Streams:
+    """The run's stream of batches, which can be opened again at another step."""
+
+    def __init__(self, batches: Callable[[int], Stream], start: int):
+        self._batches = batches
+        self._stream = batches(start)
+
+    def __enter__(self) -> "_Streams":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
+
+    def __next__(self) -> Any:
+        return next(self._stream)
+
+    def reopen(self, step: int) -> None:
+        self._stream.close()
+        self._stream = self._batches(step)
 
 
 class _Clock:

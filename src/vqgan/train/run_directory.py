@@ -47,4 +47,5 @@ def _longer(name: str, config: Any) -> bool:
     """Whether the field is the run's length and nothing else follows from it."""
     optimisers = [getattr(config, part, None) for part in ("optim", "disc_optim")]
     fixed = all(o is None or o.schedule == "constant" for o in optimisers)
+    fixed = fixed and not getattr(getattr(config, "loss", None), "disc_start_fraction", 0.0)
     return name == "run.steps" and fixed

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from vqgan.train.guard import Guard
 from vqgan.train.sharding import replicated, shardings
 
 S = TypeVar("S")
@@ -30,6 +31,9 @@ class TokenizerState:
     disc_params: nnx.State
     disc_stats: nnx.State
     disc_optim: Any
+    logit_means: Any
+    """Moving averages of the mean real and the mean fake logit, float32 `[2]`, for LeCam."""
+    guard: Guard
 
 
 @jax.tree_util.register_dataclass

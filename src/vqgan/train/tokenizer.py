@@ -26,14 +26,21 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
+from vqgan.adversarial.augment import diff_augment
+from vqgan.adversarial.discriminators import (
+    Discriminator,
+    load_discriminator,
+    make_discriminator,
+)
 from vqgan.adversarial.losses import (
     adaptive_weight,
     discriminator_loss,
     generator_loss,
+    lecam_loss,
     pixel_loss,
+    r1_penalty,
 )
 from vqgan.adversarial.lpips import LPIPS, load_lpips
-from vqgan.adversarial.patchgan import PatchGAN
 from vqgan.data.pipeline import eval_batches, image_augment
 from vqgan.data.sources import ImageSource, open_source
 from vqgan.errors import InputError
@@ -44,6 +51,7 @@ from vqgan.tokenizer.autoencoder import to_pixels
 from vqgan.tokenizer.model import Tokenizer
 from vqgan.train import loop, sharding
 from vqgan.train.config import LossConfig, TokenizerTraining
+from vqgan.train.guard import Watch, guard_metrics, new_guard, observe, strength
 from vqgan.train.optim import optimizer
 from vqgan.train.run_directory import claim
 from vqgan.train.state import (
@@ -60,6 +68,7 @@ from vqgan.train.stream import global_batches
 Batch = dict[str, Any]
 Metrics = dict[str, Float[Array, ""]]
 Images = Float[Array, "b h w c"]
+Extractor = Callable[[Images], list[Array]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +95,10 @@ def setup(
     optim = optim or optimizer(config.optim, config.run.steps)
     disc_optim = disc_optim or optimizer(config.disc_optim, config.run.steps)
 
-    def modules() -> tuple[Tokenizer, PatchGAN]:
+    def modules() -> tuple[Tokenizer, Discriminator]:
         rngs = nnx.Rngs(config.run.seed)
-        return Tokenizer(config.model, rngs=rngs), PatchGAN(config.discriminator, rngs=rngs)
+        tokenizer = Tokenizer(config.model, rngs=rngs)
+        return tokenizer, make_discriminator(config.discriminator, rngs=rngs)
 
     def init() -> TokenizerState:
         tokenizer, discriminator = modules()
@@ -103,6 +113,8 @@ def setup(
             disc_params=disc_params,
             disc_stats=disc_stats,
             disc_optim=disc_optim.init(disc_params),
+            logit_means=jnp.zeros(2),
+            guard=new_guard(),
         )
 
     tokenizer, discriminator = nnx.eval_shape(modules)
@@ -118,7 +130,12 @@ def setup(
 
 
 def step(
-    stage: Stage1, state: TokenizerState, batch: Batch, key: Key[Array, ""], lpips: LPIPS | None
+    stage: Stage1,
+    state: TokenizerState,
+    batch: Batch,
+    key: Key[Array, ""],
+    lpips: LPIPS | None,
+    extractor: Extractor | None = None,
 ) -> tuple[TokenizerState, Metrics]:
     """One update of the autoencoder and one of the discriminator.
 
@@ -126,6 +143,7 @@ def step(
       batch: `image`, uint8 `[b, h, w, c]`.
       key: the run's; the step's own are derived from it.
       lpips: the perceptual network; None where its weight is 0.
+      extractor: feature maps of images, for a discriminator on features.
     """
     loss = stage.config.loss
     key = jax.random.fold_in(key, state.step)
@@ -148,8 +166,9 @@ def step(
     (nll, terms), wish = jax.value_and_grad(_reconstruction_terms, has_aux=True)(
         reconstruction, images, loss, lpips
     )
-    play = functools.partial(_play, stage, state, images, reconstruction, wish, pull_last)
-    game = _once_begun(loss, state, reconstruction, play)
+    judge = functools.partial(_judge, stage, extractor, jax.random.fold_in(key, 4))
+    play = functools.partial(_play, stage, state, judge, images, reconstruction, wish, pull_last)
+    game = _once_begun(stage.config, state, reconstruction, play)
 
     # Back through the last layer and everything before it, once.
     last_grads, features_wish = pull_last(wish + game.wish)
@@ -162,6 +181,11 @@ def step(
     metrics = terms | q.losses | game.metrics | statistics
     metrics["loss"] = nll + loss.codebook_weight * codebook_loss + game.loss
     metrics["grad_norm"] = optax.tree.norm(grads)
+    guard = state.guard
+    if loss.guard and disc_start(stage.config) >= 0:
+        begun = state.step >= disc_start(stage.config)
+        guard = observe(loss.guard_rule, guard, nll, game.balance, begun)
+        metrics |= guard_metrics(guard)
     new = TokenizerState(
         step=state.step + 1,
         params=params,
@@ -171,6 +195,8 @@ def step(
         disc_params=game.disc_params,
         disc_stats=game.disc_stats,
         disc_optim=game.disc_optim,
+        logit_means=game.logit_means,
+        guard=guard,
     )
     return new, metrics
 
@@ -202,40 +228,81 @@ class _Game:
     wish: Images
     """Gradient of the weighted adversarial term with respect to the reconstruction."""
     loss: Float[Array, ""]
+    balance: Float[Array, ""]
+    """The adversarial weight, whether or not the generator sees the discriminator yet."""
     disc_params: nnx.State
     disc_stats: nnx.State
     disc_optim: Any
+    logit_means: Float[Array, "2"]
     metrics: Metrics
 
 
+def disc_start(config: TokenizerTraining) -> int:
+    """The step from which the generator sees the discriminator; -1 means never."""
+    loss = config.loss
+    if loss.disc_start_fraction:
+        return round(loss.disc_start_fraction * config.run.steps)
+    return loss.disc_start
+
+
 def _once_begun(
-    loss: LossConfig, state: TokenizerState, reconstruction: Images, play: Callable[[], _Game]
+    config: TokenizerTraining,
+    state: TokenizerState,
+    reconstruction: Images,
+    play: Callable[[], _Game],
 ) -> _Game:
     """The adversarial round from its first step on, which is traced: nothing recompiles."""
+    loss, start = config.loss, disc_start(config)
     names = ["adversarial", "adversarial_weight", "disc_loss", "disc_real", "disc_fake"]
+    names += ["lecam"] * bool(loss.lecam_weight) + ["r1"] * bool(loss.r1_weight)
 
     def rest() -> _Game:
         zero = jnp.zeros(())
         return _Game(
             wish=jnp.zeros_like(reconstruction),
             loss=zero,
+            balance=zero,
             disc_params=state.disc_params,
             disc_stats=state.disc_stats,
             disc_optim=state.disc_optim,
+            logit_means=state.logit_means,
             metrics=dict.fromkeys(names, zero),
         )
 
-    begin = loss.disc_start - loss.disc_warmup
-    if loss.disc_start < 0:
+    begin = start - loss.disc_warmup
+    if start < 0:
         return rest()
     if begin <= 0:
         return play()
     return jax.lax.cond(state.step >= begin, play, rest)
 
 
+def _judge(
+    stage: Stage1,
+    extractor: Extractor | None,
+    key: Key[Array, ""],
+    params: nnx.State,
+    stats: nnx.State,
+    x: Images,
+    *,
+    draw: int,
+) -> tuple[Array, nnx.State]:
+    """The discriminator's logits, and its statistics after it has seen these images.
+
+    Args:
+      draw: which of the step's random augmentations it sees them under.
+    """
+    x = diff_augment(x, stage.config.loss.augment, jax.random.fold_in(key, draw))
+    discriminator = nnx.merge(stage.discriminator, params, stats, copy=True)
+    seen = x if extractor is None else extractor(x)
+    logits = discriminator(seen, train=True)
+    return logits, split(discriminator)[2]
+
+
 def _play(
     stage: Stage1,
     state: TokenizerState,
+    judge: Callable[..., tuple[Array, nnx.State]],
     images: Images,
     reconstruction: Images,
     nll_wish: Images,
@@ -243,50 +310,82 @@ def _play(
 ) -> _Game:
     """Both players' terms from one pass of the discriminator over the reconstruction."""
     loss = stage.config.loss
-
-    def judge(params: nnx.State, stats: nnx.State, x: Images) -> tuple[Array, nnx.State]:
-        discriminator = nnx.merge(stage.discriminator, params, stats, copy=True)
-        logits = discriminator(x, train=True)
-        return logits, split(discriminator)[2]
-
     params = state.disc_params
     real, pull_real, stats = jax.vjp(
-        lambda p: judge(p, state.disc_stats, images), params, has_aux=True
+        lambda p: judge(p, state.disc_stats, images, draw=0), params, has_aux=True
     )
     fake, pull_fake, stats = jax.vjp(
-        lambda p, x: judge(p, stats, x), params, reconstruction, has_aux=True
+        lambda p, x: judge(p, stats, x, draw=1), params, reconstruction, has_aux=True
     )
 
     # The generator's side.
     generator, fake_wish = jax.value_and_grad(lambda f: generator_loss(loss.adversarial, f))(fake)
     wish = pull_fake(fake_wish)[1]
-    weight = jnp.asarray(loss.adversarial_weight)
+    balance = jnp.asarray(loss.adversarial_weight)
     if loss.adaptive:
         at_last = (pull_last(w)[0]["kernel"][...] for w in (nll_wish, wish))
-        weight = weight * adaptive_weight(*at_last)
-    weight = jnp.where(state.step >= loss.disc_start, weight, 0.0)
+        balance = balance * adaptive_weight(*at_last)
+    begun = state.step - disc_start(stage.config)
+    weight = jnp.where(begun >= 0, balance, 0.0)
+    if loss.disc_ramp:
+        weight = weight * jnp.clip((begun + 1) / loss.disc_ramp, 0.0, 1.0)
+    if loss.guard:
+        weight = weight * strength(state.guard)
 
     # The discriminator's side.
-    disc_loss, (real_wish, fake_wish) = jax.value_and_grad(
-        lambda r, f: discriminator_loss(loss.adversarial, r, f), argnums=(0, 1)
-    )(real, fake)
+    def against(real: Array, fake: Array) -> tuple[Array, Metrics]:
+        terms = {"disc_loss": discriminator_loss(loss.adversarial, real, fake)}
+        total = terms["disc_loss"]
+        if loss.lecam_weight:
+            terms["lecam"] = lecam_loss(real, fake, state.logit_means)
+            total = total + loss.lecam_weight * terms["lecam"]
+        return total, terms
+
+    (real_wish, fake_wish), terms = jax.grad(against, argnums=(0, 1), has_aux=True)(real, fake)
     grads = jax.tree.map(jnp.add, pull_real(real_wish)[0], pull_fake(fake_wish)[0])
+    if loss.r1_weight:
+        terms["r1"], penalty = _lazy_r1(loss, state, judge, images)
+        grads = jax.tree.map(jnp.add, grads, penalty)
+    means = jnp.stack([jnp.mean(real), jnp.mean(fake)])
     updates, optim = stage.disc_optim.update(grads, state.disc_optim, params)
 
     return _Game(
         wish=weight * wish,
         loss=weight * generator,
+        balance=balance,
         disc_params=optax.apply_updates(params, updates),
         disc_stats=stats,
         disc_optim=optim,
+        logit_means=state.logit_means + (1 - loss.lecam_decay) * (means - state.logit_means),
         metrics={
             "adversarial": generator,
             "adversarial_weight": weight,
-            "disc_loss": disc_loss,
-            "disc_real": jnp.mean(real),
-            "disc_fake": jnp.mean(fake),
+            "disc_real": means[0],
+            "disc_fake": means[1],
+            **terms,
         },
     )
+
+
+def _lazy_r1(
+    loss: LossConfig,
+    state: TokenizerState,
+    judge: Callable[..., tuple[Array, nnx.State]],
+    images: Images,
+) -> tuple[Float[Array, ""], nnx.State]:
+    """The R1 penalty and its weighted gradient, every `r1_every` steps for as many at once."""
+
+    def penalty(params: nnx.State) -> Float[Array, ""]:
+        return r1_penalty(lambda x: judge(params, state.disc_stats, x, draw=0)[0], images)
+
+    def now() -> tuple[Float[Array, ""], nnx.State]:
+        value, grads = jax.value_and_grad(penalty)(state.disc_params)
+        return value, jax.tree.map(lambda g: loss.r1_weight * loss.r1_every * g, grads)
+
+    def later() -> tuple[Float[Array, ""], nnx.State]:
+        return jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.disc_params)
+
+    return jax.lax.cond(state.step % loss.r1_every == 0, now, later)
 
 
 def _maintain_codebook(
@@ -318,12 +417,16 @@ def train_tokenizer(
     *,
     optim: optax.GradientTransformation | None = None,
     disc_optim: optax.GradientTransformation | None = None,
+    extractor: Extractor | None = None,
     deadline: float | None = None,
 ) -> Tokenizer:
     """Trains a tokenizer in the run directory `out`, or goes on with the run that is there.
 
     Args:
       optim, disc_optim: optax transforms in place of the configured ones.
+      extractor: feature maps of images `[b, h, w, c]` in [-1, 1], for a discriminator of kind
+        "features": a differentiable function or, so that its weights need not become constants of
+        the compiled step, a module. VGG16's stages by default.
       deadline: `time.monotonic()` at which to stop early, in good order.
 
     Returns:
@@ -355,6 +458,7 @@ def train_tokenizer(
         mesh,
         key=jax.random.key(run.seed),
         lpips=load_lpips(config.loss.perceptual) if config.loss.perceptual_weight else None,
+        extractor=_extractor(config, extractor),
     )
     judge = load_lpips("vgg16") if config.model.autoencoder.in_channels in (1, 3) else None
 
@@ -377,6 +481,7 @@ def train_tokenizer(
             steps = int(state.step)
             tokenizer.save_pretrained(directory, provenance={"data": data.source, "steps": steps})
 
+    guarded = config.loss.guard and disc_start(config) >= 0
     state = loop.fit(
         state,
         one_step,
@@ -390,20 +495,32 @@ def train_tokenizer(
         images_per_step=data.batch_size,
         meta={"config": to_json(config)},
         best_of="l1",
+        watch=Watch() if guarded else None,
+        # A good state to return to: the last before the generator sees the discriminator.
+        save_at=disc_start(config) if guarded else 0,
         deadline=deadline,
     )
     return averaged(state)
 
 
-def _start(source: str) -> tuple[Tokenizer, PatchGAN | None]:
+def _extractor(config: TokenizerTraining, given: Extractor | None) -> Extractor | None:
+    """What shows images to a discriminator on features, as an argument of the compiled step."""
+    if config.discriminator.kind != "features":
+        return None
+    if given is None:
+        return jax.tree_util.Partial(LPIPS.features, load_lpips("vgg16"))
+    return given if isinstance(given, nnx.Module) else jax.tree_util.Partial(given)
+
+
+def _start(source: str) -> tuple[Tokenizer, Discriminator | None]:
     """The models to start from. Raises InputError where there are none."""
     tokenizer = Tokenizer.from_pretrained(source)
     place = model_directory(Path(source)) / "discriminator"
-    return tokenizer, PatchGAN.from_pretrained(place) if place.is_dir() else None
+    return tokenizer, load_discriminator(place) if place.is_dir() else None
 
 
 def _started(
-    state: TokenizerState, tokenizer: Tokenizer, discriminator: PatchGAN | None
+    state: TokenizerState, tokenizer: Tokenizer, discriminator: Discriminator | None
 ) -> TokenizerState:
     """A fresh state with the weights of given models, each where its array was."""
 
@@ -435,15 +552,27 @@ def reconstruct(tokenizer: Tokenizer, images: np.ndarray) -> np.ndarray:
 def _check(config: TokenizerTraining, source: ImageSource) -> None:
     """Raises InputError for what would only fail deep inside the first step."""
     config.model.check()
-    model = config.model.autoencoder
+    judge, model = config.discriminator, config.model.autoencoder
+    judge.check()
+    if not 0 <= config.loss.disc_start_fraction < 1:
+        raise InputError(
+            f"loss.disc_start_fraction {config.loss.disc_start_fraction} is not in [0, 1)"
+        )
+    if config.loss.r1_every < 1:
+        raise InputError(f"loss.r1_every {config.loss.r1_every} is not 1 or more")
+    if judge.kind == "stylegan2" and judge.resolution != config.data.image_size:
+        raise InputError(
+            f"discriminator.resolution {judge.resolution} is not data.image_size "
+            f"{config.data.image_size}"
+        )
     if config.data.image_size % model.factor:
         raise InputError(
             f"data.image_size {config.data.image_size} is not a multiple of {model.factor}, "
             "the tokenizer's downsampling factor"
         )
     channels = source[0]["image"].shape[-1]
-    if channels != model.in_channels or channels != config.discriminator.in_channels:
+    if channels != model.in_channels or channels != judge.in_channels:
         raise InputError(
             f"{source.name}: images have {channels} channel(s), the tokenizer takes "
-            f"{model.in_channels} and the discriminator {config.discriminator.in_channels}"
+            f"{model.in_channels} and the discriminator {judge.in_channels}"
         )

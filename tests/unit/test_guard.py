@@ -1,0 +1,216 @@
+"""The guard on made-up numbers, and what the training loop does for it."""
+
+import dataclasses
+import functools
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_loop import Run
+from test_train_step import KEY, batch, same, setup, step, with_loss
+
+from vqgan.train.checkpoint import Checkpoints
+from vqgan.train.guard import Guard, GuardConfig, Watch, guard_metrics, new_guard, observe, strength
+from vqgan.train.loop import Stopped
+
+RULE = GuardConfig(window=20, patience=3, hold=15, calm=40, max_returns=1)
+one_step = jax.jit(functools.partial(observe, RULE))
+
+
+def watched(values, guard=None, *, start=40, weights=None):
+    """The guard after each of some reconstruction terms; the discriminator is in from `start`."""
+    guard, guards = guard or new_guard(), []
+    weights = np.ones(len(values)) if weights is None else weights
+    for value, weight in zip(values, weights, strict=True):
+        begun = guard.watched >= start
+        guard = one_step(guard, jnp.float32(value), jnp.float32(weight), begun)
+        guards.append(guard)
+    return guards
+
+
+def wreck(steps=400, start=60):
+    """Terms that double once the discriminator has come in and do not recover."""
+    return [1.0] * start + [2.0] * (steps - start)
+
+
+def first(guards, what):
+    return next(i for i, guard in enumerate(guards) if what(guard))
+
+
+def test_a_break_holds_then_lowers_then_asks_to_return():
+    guards = watched(wreck())
+    held = first(guards, lambda g: g.holds == 1)
+    lowered = first(guards, lambda g: g.lowers == 1)
+    asks = first(guards, lambda g: g.stage == 3)
+    assert 60 < held < 75 and held < lowered < asks
+    assert [float(strength(guards[i])) for i in (held - 1, held, lowered - 1)] == [1, 0, 1]
+    # Held for 15 steps, and then patience again.
+    assert lowered - held == asks - lowered == 15 + RULE.patience
+    assert float(strength(guards[asks - 1])) == 0.5
+    # Nothing further happens until the loop has returned.
+    assert all(g.stage == 3 and strength(g) == 0 for g in guards[asks:])
+    assert guards[-1].holds == guards[-1].lowers == 1 and guards[-1].returns == 0
+    values = guard_metrics(guards[asks - 1])
+    assert {k: float(v) for k, v in values.items()} == {
+        "guard_factor": 0.5,
+        "guard_holds": 1.0,
+        "guard_lowers": 1.0,
+        "guard_returns": 0.0,
+    }
+
+
+def test_a_benign_run_is_left_alone():
+    """Noise of a tenth, a slow decay, and a rise by a few per cent at the discriminator's start."""
+    rng = np.random.default_rng(0)
+    terms = np.exp(-np.arange(1000) / 800) + (np.arange(1000) >= 60) * 0.02
+    guards = watched(terms * rng.normal(1, 0.1, 1000), start=60)
+    assert all(g.stage == 0 and strength(g) == 1 for g in guards)
+    assert guards[-1].holds == 0
+
+
+def test_nothing_is_a_break_before_the_discriminator_comes_in():
+    guards = watched(wreck(), start=10**6)
+    assert all(g.broken == 0 and g.stage == 0 for g in guards)
+
+
+def test_a_single_bad_batch_is_no_break():
+    terms = np.ones(200)
+    terms[100] = 2.2
+    assert watched(terms)[-1].holds == 0
+
+
+def test_all_is_forgiven_after_a_calm_while():
+    guards = watched([1.0] * 60 + [1.5] * 5 + [1.0] * 135)
+    held = first(guards, lambda g: g.stage == 1)
+    forgiven = held + first(guards[held:], lambda g: g.stage == 0)
+    assert RULE.hold + RULE.calm <= forgiven - held <= RULE.hold + RULE.calm + 20
+    assert strength(guards[-1]) == 1 and guards[-1].lowers == 0
+
+
+def test_a_surging_weight_halves_the_margin():
+    terms = [1.0] * 100 + [1.08] * 100
+    weights = np.ones(200)
+    assert watched(terms, weights=weights)[-1].holds == 0
+    weights[100:] = 1e4
+    assert watched(terms, weights=weights)[-1].holds == 1
+    # Steps without a weight (before the discriminator learns) say nothing about its average.
+    assert watched(terms, weights=np.r_[np.zeros(50), np.ones(150)])[-1].holds == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    guard: Guard
+
+
+def test_a_return_keeps_the_lesson_and_the_last_one_gives_up():
+    guards = watched(wreck())
+    watch = Watch()
+    assert watch.news(State(guards[0])) == [] and watch.calm(State(guards[0]))
+    good, bad = State(guards[50]), State(guards[-1])
+    assert watch.asks(bad) and not watch.calm(bad)
+    told = watch.news(bad)
+    assert len(told) == 2 and "held" in told[0] and "lowered to 0.5" in told[1]
+    back = watch.returned(good, bad)
+    assert back.guard.factor == 0.25 and back.guard.returns == 1
+    assert back.guard.watched == guards[50].watched and back.guard.best == guards[50].best
+    assert not watch.asks(back) and not watch.calm(back)
+    assert watch.news(back) == ["guard: it goes on with the adversarial term at 0.25"]
+    assert watch.news(back) == []
+    # `max_returns` is 1: the next break leaves the term out for good, and is not forever in alarm.
+    again = watched([2.0] * 100, back.guard)
+    assert strength(again[-1]) == 0 and again[-1].stage == 0 and again[-1].returns == 1
+
+
+class Alarm:
+    """Asks to return when the count is 20, until it has; not calm from 15 on."""
+
+    def __init__(self):
+        self.returns = 0
+
+    def calm(self, state):
+        return int(state["count"]) < 15 or self.returns > 0
+
+    def asks(self, state):
+        return int(state["count"]) == 20 and self.returns == 0
+
+    def returned(self, good, bad):
+        self.returns += 1
+        return good
+
+    def news(self, state):
+        return [f"returned {self.returns}"] if self.returns == 1 else []
+
+
+def test_the_loop_goes_back_to_the_last_calm_checkpoint(tmp_path, capsys):
+    run = Run(tmp_path, steps=24, save_every=6)
+    assert int(run.fit(watch=Alarm(), save_at=7)["count"]) == 24
+    steps = [event for event in run.events if not event.startswith(("batch", "picture", "eval"))]
+    assert steps == [
+        "open 0",
+        *(f"step {i}" for i in range(6)),
+        *("export 6", "step 6", "export 7"),
+        *(f"step {i}" for i in range(7, 12)),
+        "export 12",
+        *(f"step {i}" for i in range(12, 20)),  # the save at 18 waits, and is not made
+        *("close", "open 12"),
+        *(f"step {i}" for i in range(12, 18)),
+        "export 18",
+        *(f"step {i}" for i in range(18, 24)),
+        *("export 24", "close"),
+    ]
+    said = capsys.readouterr().out
+    assert said.count("test 20: guard: back to the last good state, step 12") == 1
+    assert "test 12: returned 1" in said
+
+
+def test_without_a_checkpoint_the_loop_goes_on(tmp_path, capsys):
+    run = Run(tmp_path, steps=22)
+    assert int(run.fit(watch=Alarm())["count"]) == 22
+    assert "no checkpoint to return to" in capsys.readouterr().out
+
+
+def test_a_signal_in_trouble_leaves_the_last_good_state(tmp_path):
+    run = Run(tmp_path, steps=24, save_every=6)
+    run_step = run.step
+
+    def step_with_signal(state, number):
+        if number == 16:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return run_step(state, number)
+
+    run.step = step_with_signal
+    with pytest.raises(Stopped, match="stopped at step 12"):
+        run.fit(watch=Alarm())
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.latest() == 12
+
+
+def test_a_calm_guard_changes_no_bit_and_without_one_nothing_is_watched():
+    ends = []
+    for guard in (True, False):
+        stage, init = setup(with_loss(disc_start=1, guard=guard))
+        jitted = jax.jit(functools.partial(step, stage, lpips=None))
+        state = init()
+        for seed in range(3):
+            state, metrics = jitted(state, batch(seed), key=KEY)
+        ends.append((state, metrics))
+    (on, on_metrics), (off, off_metrics) = ends
+    assert same(dataclasses.replace(on, guard=off.guard), off)
+    assert int(on.guard.watched) == 3 and same(off.guard, new_guard())
+    watched_only = {"guard_factor", "guard_holds", "guard_lowers", "guard_returns"}
+    assert on_metrics.keys() - off_metrics.keys() == watched_only
+
+
+def test_a_held_term_moves_the_discriminator_only():
+    stage, init = setup(with_loss(disc_start=0))
+    jitted = jax.jit(functools.partial(step, stage, lpips=None))
+    guard = dataclasses.replace(new_guard(), holding=jnp.int32(5))
+    held, metrics = jitted(dataclasses.replace(init(), guard=guard), batch(), key=KEY)
+    stage, init = setup(with_loss(disc_start=-1))
+    never, _ = jax.jit(functools.partial(step, stage, lpips=None))(init(), batch(), key=KEY)
+    for x, y in zip(*map(jax.tree.leaves, (held.params, never.params)), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-6)
+    assert metrics["adversarial_weight"] == 0 and not same(held.disc_params, init().disc_params)
