@@ -172,7 +172,7 @@ def test_a_config_of_another_class_or_without_what_is_needed(file):
         convert.load(file)
 
 
-def test_what_taming_cannot_say():
+def test_what_taming_cannot_say(tmp_path):
     autoencoder = AutoencoderConfig(
         base_channels=8,
         channel_multipliers=(1, 2),
@@ -189,6 +189,13 @@ def test_what_taming_cannot_say():
         convert.export(tokenizer, "never.ckpt", format="taming")
     for word in ("norm_groups 4", "middle_attention False", "quantizer.kind 'lfq'"):
         assert word in str(error.value)
+    judge = PatchGAN(PatchGANConfig(base_channels=4, norm="none"), rngs=nnx.Rngs(0))
+    exported = Exported(
+        tokenizer=Tokenizer(CONFIG, rngs=nnx.Rngs(0)), parts={"discriminator": judge}
+    )
+    with pytest.raises(InputError, match="cannot say discriminator"):
+        taming.save(exported, tmp_path / "never.ckpt")
+    assert not list(tmp_path.iterdir())
     with pytest.raises(InputError, match="there are taming"):
         convert.export(tokenizer, "never", format="keras")
 

@@ -102,9 +102,7 @@ class PatchGAN(Pretrained):
         widths = [config.in_channels, *(base * min(2**n, 8) for n in range(layers + 1)), 1]
         strides = [2] * layers + [1, 1]
         ends = (0, layers + 1)
-        blurred = (
-            config.blur
-        )  # the stride is then the pooling's, and the convolution keeps the size
+        blurred = config.blur  # convolutions then keep the size; the stride is the pooling's
         self.convs = nnx.List(
             nnx.Conv(
                 widths[i],

@@ -8,12 +8,13 @@ Each format is a file of this package; `families.py` lists them. Nothing in a fi
 ever executed, and torch is not needed.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from vqgan import atomic
+from vqgan.adversarial.discriminators import load_discriminator
 from vqgan.adversarial.lpips import LPIPS
-from vqgan.adversarial.patchgan import PatchGAN
 from vqgan.convert.exporting import Exported
 from vqgan.convert.families import FAMILIES, Family, exporters, family_of
 from vqgan.convert.source import Imported, Weights, open_source, sha256
@@ -21,7 +22,10 @@ from vqgan.errors import InputError
 from vqgan.serialization import Pretrained
 from vqgan.tokenizer.model import Tokenizer
 
-_PARTS: dict[str, type[Pretrained]] = {"discriminator": PatchGAN, "lpips": LPIPS}
+_PARTS: dict[str, Callable[[Path], Pretrained]] = {
+    "discriminator": load_discriminator,
+    "lpips": LPIPS.from_pretrained,
+}
 
 
 def load(
@@ -119,8 +123,8 @@ def _exported(src: Path | str | Tokenizer) -> Exported:
     held = [place for place in places if (place / "model.safetensors").is_file()]
     tokenizer = Tokenizer.from_pretrained(held[0] if held else src)
     parts = {
-        name: kind.from_pretrained(held[0] / name)
-        for name, kind in _PARTS.items()
+        name: load_part(held[0] / name)
+        for name, load_part in _PARTS.items()
         if held and (held[0] / name).is_dir()
     }
     return Exported(tokenizer=tokenizer, parts=parts)

@@ -283,7 +283,7 @@ def _imported(
     if "discriminator.block_in.0.weight" in loss:
         kept = taming.below(loss, "", but="discriminator.")
         notes.append(
-            f"the discriminator is no PatchGAN but one that blurs, which is not here; "
+            f"the discriminator is no PatchGAN but one that blurs, and is not carried; "
             f"{len(loss) - len(kept)} tensors left"
         )
         loss = kept

@@ -363,14 +363,19 @@ def save(exported: Exported, path: Path) -> tuple[str, ...]:
 
 def _loss_tensors(name: str, module: Pretrained) -> dict[str, np.ndarray]:
     if isinstance(module, PatchGAN):
-        tensors = table.write(module, discriminator_table(module.config))
+        config = module.config
+        if config.norm != "batch" or config.blur:
+            raise InputError(
+                "taming cannot say discriminator: its PatchGAN has batch norm, no blur"
+            )
+        tensors = table.write(module, discriminator_table(config))
         return {f"loss.discriminator.{name}": value for name, value in tensors.items()}
     if isinstance(module, LPIPS) and module.config.net == "vgg16":
         tensors = table.write(module, lpips_table())
         tensors["scaling_layer.shift"] = SHIFT.reshape(1, 3, 1, 1)
         tensors["scaling_layer.scale"] = SCALE.reshape(1, 3, 1, 1)
         return {f"loss.perceptual_loss.{name}": value for name, value in tensors.items()}
-    raise InputError(f"taming cannot say {name}: it has a PatchGAN and LPIPS on VGG16")
+    raise InputError(f"taming cannot say {name}: it has a PatchGAN, and LPIPS on VGG16")
 
 
 def _yaml(config: TokenizerConfig, used: Path | None) -> dict[str, Any]:
@@ -412,7 +417,7 @@ def loss_parts(found: Found, *, where: str) -> tuple[dict[str, Pretrained], list
     notes: list[str] = []
     judge, perceptual = below(found, "discriminator."), below(found, "perceptual_loss.")
     if any(name.endswith(".initialized") for name in judge):
-        notes.append(f"the discriminator has ActNorm, which is not here; {len(judge)} tensors left")
+        notes.append(f"a discriminator with ActNorm is not carried; {len(judge)} tensors left")
         judge = {}
     if judge:
         parts["discriminator"] = read_discriminator(judge, where=f"{where}: loss.discriminator")
