@@ -37,6 +37,7 @@ from vqgan.tokenizer.quantizers import (
     VQConfig,
     make_quantizer,
 )
+from vqgan.train.sharding import make_mesh
 
 SMALL = VQConfig(codebook_size=12, dim=3)
 FIXED = dataclasses.replace(SMALL, init_from_data=False, revive_after=0)
@@ -84,7 +85,13 @@ STRAIGHT = (
     "residual-shared",
     "product-shared",
 )
-PLACES = {"residual": 3, "residual-shared": 2, "residual-ibq": 2, "product": 3, "product-shared": 3}
+PLACES = {
+    "residual": (3,),
+    "residual-shared": (2,),
+    "residual-ibq": (2,),
+    "product": (3,),
+    "product-shared": (3,),
+}
 STABLE = (*(name for name in STRAIGHT if name not in PLACES), "vq-normalize", "vq-rotation", "bsq")
 LOSSLESS = ("fsq", "fsq-symmetric", "product")
 
@@ -159,9 +166,8 @@ def quantizer(request):
 def test_ids_are_int32_of_the_grid_and_codes_inverts_them_bit_for_bit(name, scale):
     quantizer, z = make(CONFIGS[name]), scale * latents()
     out = run(quantizer, z)  # compiled as one; codes are not
-    assert out.ids.dtype == jnp.int32 and out.ids.shape == z.shape[:3] + (PLACES[name],) * (
-        name in PLACES
-    )
+    assert out.ids.dtype == jnp.int32
+    assert out.ids.shape == (*z.shape[:3], *PLACES.get(name, ()))
     assert (out.ids >= 0).all() and (out.ids < quantizer.codebook_size).all()
     np.testing.assert_array_equal(quantizer.codes(out.ids), out.z_q)
 
@@ -1205,7 +1211,7 @@ def test_tokenizer_of_several_ids_a_position_decodes_what_it_encodes(name):
     tokenizer = Tokenizer(config, rngs=nnx.Rngs(0))
     images = jnp.tanh(latents(shape=(2, 16, 16, 3)))
     ids, out = tokenizer.encode(images), tokenizer(images)
-    assert ids.shape == (*out.z.shape[:3], PLACES[name])
+    assert ids.shape == (*out.z.shape[:3], *PLACES[name])
     np.testing.assert_array_equal(ids, out.ids)
     np.testing.assert_allclose(tokenizer.decode(ids), out.reconstruction, rtol=1e-4, atol=1e-5)
 
@@ -1213,7 +1219,7 @@ def test_tokenizer_of_several_ids_a_position_decodes_what_it_encodes(name):
 @pytest.mark.parametrize("name", ["ema", "ibq"])
 def test_eight_devices_do_what_one_does(name):
     quantizer, z = make(CONFIGS[name]), latents(shape=(8, 2, 2, 3))
-    mesh = jax.make_mesh((8,), ("data",))
+    mesh = make_mesh()
     spread = jax.device_put(z, jax.NamedSharding(mesh, jax.P("data")))
     graphdef, state = nnx.split(quantizer)
 
