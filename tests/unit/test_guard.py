@@ -12,9 +12,14 @@ import pytest
 from test_loop import Run
 from test_train_step import KEY, batch, same, setup, step, with_loss
 
+from vqgan.data.pipeline import DataConfig
+from vqgan.train import loop
 from vqgan.train.checkpoint import Checkpoints
+from vqgan.train.config import RunConfig
 from vqgan.train.guard import Guard, GuardConfig, Watch, guard_metrics, new_guard, observe, strength
 from vqgan.train.loop import Stopped
+from vqgan.train.metrics import read_metrics
+from vqgan.train.tokenizer import train_tokenizer
 
 RULE = GuardConfig(window=20, patience=3, hold=15, calm=40, max_returns=1)
 one_step = jax.jit(functools.partial(observe, RULE))
@@ -214,3 +219,41 @@ def test_a_held_term_moves_the_discriminator_only():
     for x, y in zip(*map(jax.tree.leaves, (held.params, never.params)), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-6)
     assert metrics["adversarial_weight"] == 0 and not same(held.disc_params, init().disc_params)
+
+
+@pytest.mark.slow
+def test_a_run_that_returns_is_the_same_when_it_was_killed_in_between(
+    tmp_path, capsys, monkeypatch
+):
+    """With a margin that everything exceeds, every intervention comes in its turn."""
+    rule = GuardConfig(margin=-0.99, patience=1, window=2, hold=1, calm=1000, max_returns=1)
+    config = dataclasses.replace(
+        with_loss(disc_start=4, guard_rule=rule),
+        data=DataConfig(source="emoji", image_size=16, batch_size=8, threads=1),
+        run=RunConfig(
+            steps=22, log_every=1, eval_every=0, image_every=0, save_every=3, eval_images=4
+        ),
+    )
+    train_tokenizer(config, tmp_path / "whole")
+    said = capsys.readouterr().out
+    told = [said.index(word) for word in ("held", "lowered to 0.5", "state, step 4", "at 0.25")]
+    assert told == sorted(told)
+    lines = [x for x in read_metrics(tmp_path / "whole" / "metrics.jsonl") if "guard_factor" in x]
+    assert [x["step"] for x in lines] == [*range(1, 11), *range(5, 23)]
+    assert [x["guard_factor"] for x in lines[:6]] == [1, 1, 1, 1, 0, 1]
+    assert lines[-1]["guard_factor"] == 0 and lines[-1]["guard_returns"] == 1
+
+    stop_asked = loop._stop_asked
+
+    def killed(step, caught):
+        if step == 8:
+            raise ZeroDivisionError
+        return stop_asked(step, caught)
+
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(loop, "_stop_asked", killed)
+        train_tokenizer(config, tmp_path / "killed")
+    train_tokenizer(config, tmp_path / "killed")
+    assert "goes on from step 4" in capsys.readouterr().out
+    files = [tmp_path / name / "model" / "model.safetensors" for name in ("whole", "killed")]
+    assert files[0].read_bytes() == files[1].read_bytes()

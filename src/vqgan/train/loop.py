@@ -179,14 +179,16 @@ def fit(
                     speed, note = clock.lap(done, run.steps)
                     log.scalars(done, "train", {**values, **speed}, note)
                 if watch is not None and _due(done, _LOOK_EVERY):
+                    for line in watch.news(state):
+                        log.line(f"{title} {done}: {line}")
                     if watch.asks(state):
                         unchecked.clear()
                         state, done = go_back(watch)
                         streams.reopen(done)
                         clock.start(done, metrics)
                         owed = False
-                    for line in watch.news(state):
-                        log.line(f"{title} {done}: {line}")
+                        for line in watch.news(state):
+                            log.line(f"{title} {done}: {line}")
                 if deadline is not None and time.monotonic() > deadline:
                     log.line(f"{title}: out of time after step {done} of {run.steps}")
                     break
