@@ -77,19 +77,25 @@ def _parse(kind: Callable[..., T], argv: Sequence[str], command: str, **options:
     return tyro.cli(kind, args=argv, prog=f"vqgan {command}", config=config, **options)
 
 
-def _with_quantizer(config: Any, argv: Sequence[str]) -> Any:
-    """A preset with the quantizer that `--model.quantizer.kind` asks for, at its own defaults, and
-    within it the one that `--model.quantizer.inner.kind` does."""
+def _with_kinds(config: Any, argv: Sequence[str]) -> Any:
+    """A preset with the kinds that are asked for, each at its own defaults.
+
+    They are `--model.quantizer.kind`, within it `--model.quantizer.inner.kind`, and
+    `--discriminator.kind`; a preset of stage 2 has none of them.
+    """
+    from vqgan.adversarial.discriminators import DiscriminatorConfig
     from vqgan.tokenizer.quantizers import QuantizerConfig, SingleConfig
 
-    if not hasattr(config.model, "quantizer"):
+    if not hasattr(config, "discriminator"):
         return config
     option = "--model.quantizer"
     quantizer = _of_kind(config.model.quantizer, QuantizerConfig, f"{option}.kind", argv)
     if hasattr(quantizer, "inner"):
         inner = _of_kind(quantizer.inner, SingleConfig, f"{option}.inner.kind", argv)
         quantizer = dataclasses.replace(quantizer, inner=inner)
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, quantizer=quantizer))
+    judge = _of_kind(config.discriminator, DiscriminatorConfig, "--discriminator.kind", argv)
+    model = dataclasses.replace(config.model, quantizer=quantizer)
+    return dataclasses.replace(config, model=model, discriminator=judge)
 
 
 def _of_kind(config: Any, union: Any, option: str, argv: Sequence[str]) -> Any:
@@ -113,7 +119,7 @@ def _training(command: str, argv: Sequence[str], presets: dict[str, Callable], e
     preset, *rest = argv
     if preset not in presets:
         raise InputError(f"{command}: no preset {preset!r}; there are {names}")
-    default = _with_quantizer(presets[preset](), rest)
+    default = _with_kinds(presets[preset](), rest)
     options = _parse(extra, rest, f"{command} {preset}", default=extra(config=default))
     if options.out is None:
         raise InputError(f"{command}: where to? Give --out DIR, a directory for the run")

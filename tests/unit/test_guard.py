@@ -193,6 +193,7 @@ def test_a_signal_in_trouble_leaves_the_last_good_state(tmp_path):
         assert checkpoints.latest() == 12
 
 
+@pytest.mark.slow
 def test_a_calm_guard_changes_no_bit_and_without_one_nothing_is_watched():
     ends = []
     for guard in (True, False):
@@ -209,6 +210,7 @@ def test_a_calm_guard_changes_no_bit_and_without_one_nothing_is_watched():
     assert on_metrics.keys() - off_metrics.keys() == watched_only
 
 
+@pytest.mark.slow
 def test_a_held_term_moves_the_discriminator_only():
     stage, init = setup(with_loss(disc_start=0))
     jitted = jax.jit(functools.partial(step, stage, lpips=None))

@@ -296,6 +296,7 @@ def small_maps(x):
     return [x, x.reshape(len(x), 8, 2, 8, 6).transpose(0, 1, 3, 2, 4).reshape(len(x), 8, 8, 12)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("judge", "extractor"),
     [

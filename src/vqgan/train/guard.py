@@ -85,7 +85,7 @@ def new_guard() -> Guard:
     """The guard of a run that begins."""
     fields = {field.name: jnp.zeros((), jnp.int32) for field in dataclasses.fields(Guard)}
     fields |= {name: jnp.zeros(()) for name in ("fast", "slow", "log_weight")}
-    return Guard(**(fields | {"best": jnp.full((), jnp.inf), "factor": jnp.ones(())}))
+    return Guard(**(fields | {"best": jnp.full((), jnp.inf, jnp.float32), "factor": jnp.ones(())}))
 
 
 def strength(guard: Guard) -> Float[Array, ""]:
