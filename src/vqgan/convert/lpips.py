@@ -63,8 +63,8 @@ def load(source: Source) -> Imported:
             f"{source.path}: not the published {'heads' if heads else net}: its sha256 is "
             f"{sha256(source.path)}, theirs {known}; download it again, or say --unverified"
         )
-    rest = "trunk" if heads else "heads"
-    return Imported(format="lpips", model=model, notes=(f"the {rest} are the published ones",))
+    rest = "trunk is the published one" if heads else "heads are the published ones"
+    return Imported(format="lpips", model=model, notes=(f"the {rest}",))
 
 
 def _net(source: Source) -> Net:
