@@ -219,6 +219,28 @@ def test_a_folder_that_is_no_model_is_kept(file, tmp_path):
     assert (photos / "a.jpg").read_bytes() == b"picture"
 
 
+def test_the_download_itself_is_kept(file, tmp_path):
+    """Published weights are called as ours are, and may lie where they are to be converted to."""
+    for name in ("model.safetensors", "provenance.json"):
+        (file.parent / name).write_bytes(b"{}")
+        with pytest.raises(InputError, match="would replace"):
+            convert.convert(file, file.parent)
+        with pytest.raises(InputError, match="would replace"):
+            convert.convert(file.parent, file.parent)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "model.safetensors").write_bytes(b"weights")
+    with pytest.raises(InputError, match="give another place"):
+        convert.convert(file, other)
+    assert file.exists() and (other / "model.safetensors").read_bytes() == b"weights"
+
+
+def test_an_earlier_import_is_replaced(file, tmp_path):
+    for _ in range(2):
+        convert.convert(file, tmp_path / "model")
+    assert Tokenizer.from_pretrained(tmp_path / "model").config == CONFIG
+
+
 def test_a_failed_import_leaves_nothing(file, tmp_path):
     with pytest.raises(InputError):
         convert.convert(changed(file, lambda s: s.pop("quant_conv.bias")), tmp_path / "model")

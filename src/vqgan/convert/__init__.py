@@ -10,7 +10,6 @@ ever executed, and torch is not needed.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from vqgan import atomic
 from vqgan.adversarial.discriminators import load_discriminator
@@ -72,10 +71,10 @@ def convert(
       licence: of the weights, for their provenance; see `load` for the other arguments.
 
     Raises:
-      InputError: as `load`, or `dst` is there already and holds no model.
+      InputError: as `load`, or `dst` is there already and holds something else than an import.
     """
     dst = Path(dst)
-    check_replaceable(dst)
+    check_replaceable(dst, Path(src))
     source = open_source(src, config, weights, unverified)
     imported = family_of(source, format).load(source)
     provenance = {
@@ -93,7 +92,9 @@ def convert(
     return imported
 
 
-def export(src: Path | str | Tokenizer, dst: Path | str, *, format: str = "taming") -> Any:
+def export(
+    src: Path | str | Tokenizer, dst: Path | str, *, format: str = "taming"
+) -> tuple[str, ...]:
     """Writes a tokenizer of this library in a published format.
 
     Args:
@@ -102,7 +103,7 @@ def export(src: Path | str | Tokenizer, dst: Path | str, *, format: str = "tamin
       dst: the file, or the directory, as the format has it.
 
     Returns:
-      Notes for the user, one a line.
+      Notes for the user.
 
     Raises:
       InputError: the format cannot say what the tokenizer is; every reason is named.
@@ -130,14 +131,18 @@ def _exported(src: Path | str | Tokenizer) -> Exported:
     return Exported(tokenizer=tokenizer, parts=parts)
 
 
-def check_replaceable(dst: Path) -> None:
-    """Raises InputError where a directory is there that is not a model, so that it is kept."""
+def check_replaceable(dst: Path, src: Path) -> None:
+    """Raises InputError where writing `dst` would take away anything but an earlier import.
+
+    Its mark is `provenance.json`; the published weights themselves are often called like ours.
+    """
     if not dst.exists():
         return
     if not dst.is_dir():
         raise InputError(f"{dst}: is a file; give a directory for the model")
-    marks = ("provenance.json", "model.safetensors")
-    if any(dst.iterdir()) and not any((dst / mark).exists() for mark in marks):
+    if src.resolve().is_relative_to(dst.resolve()):
+        raise InputError(f"{dst}: holds {src}, which it would replace; give another place")
+    if any(dst.iterdir()) and not (dst / "provenance.json").exists():
         raise InputError(f"{dst}: holds something that is no converted model; give another place")
 
 

@@ -34,8 +34,7 @@ from vqgan.tokenizer.quantizers.vq import VQConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ResidualConfig:
-    """Residual quantizer over any quantizer of one id. Depth and sharing
-    are RQ-VAE's."""
+    """Residual quantizer over any quantizer of one id. Depth and sharing are RQ-VAE's."""
 
     kind: Literal["residual"] = "residual"
     inner: SingleConfig = field(default_factory=VQConfig)
