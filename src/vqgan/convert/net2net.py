@@ -27,16 +27,13 @@ from vqgan.tokenizer.model import Tokenizer
 
 _PARAMS = (
     *("transformer_config", "first_stage_config", "cond_stage_config", "permuter_config"),
-    *(
-        "sos_token",
-        "unconditional",
-        "downsample_cond_size",
-        "first_stage_key",
-        "cond_stage_key",
-        "pkeep",
-    ),
+    *("sos_token", "unconditional", "downsample_cond_size", "pkeep"),
 )
-_TRAINING = ("target", "ckpt_path", "ignore_keys", "monitor")
+# Of the data and the training: no matter to the model.
+_TRAINING = (
+    *("target", "ckpt_path", "ignore_keys", "monitor"),
+    *("first_stage_key", "cond_stage_key"),
+)
 _GPT = (
     *("vocab_size", "block_size", "n_layer", "n_head", "n_embd"),
     *("embd_pdrop", "resid_pdrop", "attn_pdrop", "n_unmasked"),

@@ -168,7 +168,7 @@ def tokenizer_config(
 _DDCONFIG = (
     *("ch", "out_ch", "ch_mult", "num_res_blocks", "attn_resolutions", "dropout"),
     *("resamp_with_conv", "in_channels", "resolution", "z_channels", "double_z"),
-    *("give_pre_end", "use_linear_attn", "attn_type", "tanh_out", "mid_attn"),
+    *("give_pre_end", "use_linear_attn", "attn_type", "tanh_out"),
 )
 
 _NEEDED = (
