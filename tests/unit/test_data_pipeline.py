@@ -129,6 +129,23 @@ def test_a_size_that_is_not_positive():
         train_batches(Numbers(3), DataConfig(batch_size=0), seed=0, steps=1, augment=None)
 
 
+def test_resize_cuts_crops_from_a_larger_picture():
+    """Training and held-out crops are parts of the picture resized to `resize`, pixel for pixel."""
+    picture = np.random.default_rng(0).integers(0, 256, (24, 36, 3), np.uint8)
+    source = ArraySource(picture[None])
+    config = DataConfig(image_size=8, resize=12, flip=False, batch_size=6, threads=2)
+    resized = transforms.resize_smallest_side(picture, 12)
+    rows, columns = resized.shape[0] - 8 + 1, resized.shape[1] - 8 + 1
+    parts = {resized[y : y + 8, x : x + 8].tobytes() for y in range(rows) for x in range(columns)}
+    seen = images(source, config, seed=0, steps=20).reshape(-1, 8, 8, 3)
+    assert {crop.tobytes() for crop in seen} <= parts
+    assert len({crop.tobytes() for crop in seen}) > 20
+    batch = next(eval_batches(source, 8, 1, resize=12))
+    np.testing.assert_array_equal(batch["image"][0], transforms.center_crop(resized, 8))
+    with pytest.raises(InputError, match=r"data.resize 6 is less than data.image_size 8"):
+        image_augment(DataConfig(image_size=8, resize=6))
+
+
 def test_unreadable_data_reach_the_caller(tmp_path):
     (tmp_path / "a.png").write_bytes(b"not an image")
     stream = train_batches(

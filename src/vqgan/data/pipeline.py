@@ -16,7 +16,6 @@ import numpy as np
 from vqgan.data.sources import Item, Source
 from vqgan.data.transforms import (
     center_crop,
-    center_square,
     flip,
     random_crop,
     resize_smallest_side,
@@ -35,8 +34,11 @@ class DataConfig:
     """`emoji`, or a folder of images."""
     image_size: int = 256
     """Height and width in pixels; smaller images are enlarged."""
+    resize: int = 0
+    """Pixels to which an image's smaller side is resized before it is cropped, so that crops show
+    parts of it; 0 means `image_size`."""
     crop: Literal["random", "center"] = "random"
-    """Of the image whose smaller side was resized to `image_size`."""
+    """Where the square of `image_size` is taken from the resized image."""
     flip: bool = True
     """Whether half of the images are mirrored."""
     batch_size: int = 16
@@ -49,11 +51,10 @@ class DataConfig:
 
 def image_augment(config: DataConfig) -> Augment:
     """Resize, crop and flip of an item's image; all randomness comes from the generator."""
-    size = config.image_size
-    _check_positive(image_size=size)
+    size, side = config.image_size, _side(config.image_size, config.resize)
 
     def augment(item: Item, rng: np.random.Generator) -> Item:
-        image = resize_smallest_side(item["image"], size)
+        image = resize_smallest_side(item["image"], side)
         random = config.crop == "random"
         image = random_crop(image, size, rng) if random else center_crop(image, size)
         if config.flip and rng.random() < 0.5:
@@ -147,6 +148,7 @@ def eval_batches(
     image_size: int | None,
     batch_size: int,
     *,
+    resize: int = 0,
     limit: int | None = None,
     threads: int = 8,
 ) -> Iterator[Batch]:
@@ -154,6 +156,7 @@ def eval_batches(
 
     Args:
       image_size: images are resized and cropped at the centre to it; None takes items as they are.
+      resize: the smaller side before cropping, as in `DataConfig`.
       limit: take at most so many items, spread evenly over the source.
 
     Yields:
@@ -161,7 +164,7 @@ def eval_batches(
       filled up with copies of its first item, which are not valid.
     """
     _check_positive(batch_size=batch_size, threads=threads)
-    dataset = readable(source, _center(image_size), limit=limit, threads=threads)
+    dataset = readable(source, _center(image_size, resize), limit=limit, threads=threads)
     with closing(iter(dataset.batch(batch_size))) as batches:
         for batch in batches:
             count = len(next(iter(batch.values())))
@@ -179,11 +182,24 @@ def readable(
     return spread.map(transform).to_iter_dataset(_read_options(threads, threads))
 
 
-def _center(size: int | None) -> Callable[[Item], Item]:
+def _center(size: int | None, resize: int) -> Callable[[Item], Item]:
     if size is None:
         return lambda item: item
+    side = _side(size, resize)
+
+    def center(item: Item) -> Item:
+        image = resize_smallest_side(item["image"], side)
+        return {**item, "image": center_crop(image, size)}
+
+    return center
+
+
+def _side(size: int, resize: int) -> int:
+    """What an image's smaller side becomes before a square of `size` is cut."""
     _check_positive(image_size=size)
-    return lambda item: {**item, "image": center_square(item["image"], size)}
+    if 0 < resize < size:
+        raise InputError(f"data.resize {resize} is less than data.image_size {size}")
+    return resize or size
 
 
 def _read_options(threads: int, block: int) -> grain.ReadOptions:

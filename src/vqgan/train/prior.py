@@ -120,6 +120,8 @@ def train_prior(
       InputError: as `train_tokenizer`; or the tokenizer does not load.
     """
     out, run = Path(out), config.run
+    if config.data.resize:
+        raise InputError("data.resize is for tokenizers; a prior's views are those of `passes`")
     tokenizer = Tokenizer.from_pretrained(tokenizer_dir)
     size = tokenizer.config.autoencoder.resolution
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, image_size=size))

@@ -291,12 +291,14 @@ def train_tokenizer(
         parts = sharding.on_host((state.ema, state.codebook_stats), mesh)
         return nnx.merge(stage.tokenizer, *jax.device_put(parts))
 
+    held_out = functools.partial(eval_batches, test, data.image_size, resize=data.resize)
+
     def evaluate(state: TokenizerState) -> dict[str, float]:
-        images = eval_batches(test, data.image_size, data.batch_size, limit=run.eval_images)
+        images = held_out(data.batch_size, limit=run.eval_images)
         return evaluate_tokenizer(averaged(state), images, judge)
 
     def picture(state: TokenizerState) -> np.ndarray:
-        images = next(eval_batches(test, data.image_size, 16, limit=16))["image"]
+        images = next(held_out(16, limit=16))["image"]
         return inputs_over_outputs(images, reconstruct(averaged(state), images))
 
     def export(state: TokenizerState, directory: Path) -> None:
