@@ -13,7 +13,7 @@ from vqgan import atomic, hub
 from vqgan.errors import InputError
 from vqgan.prior.conditions import Condition
 from vqgan.prior.transformer import Prior
-from vqgan.serialization import model_directory, read_json
+from vqgan.serialization import check_replaceable, model_directory, read_json
 from vqgan.tokenizer.model import Tokenizer
 
 
@@ -75,10 +75,14 @@ class Pipeline:
     def save_pretrained(
         self, directory: Path | str, *, provenance: Mapping[str, Any] | None = None
     ) -> None:
-        """Writes both parts; a directory of that name is replaced once the new one is complete.
+        """Writes both parts; an earlier pipeline there is replaced once the new one is complete.
 
         `provenance` says where the weights are from, in the keys that vqgan/hub.py lists.
+
+        Raises:
+          InputError: something is there that is no model.
         """
+        check_replaceable(Path(directory))
         with atomic.new_directory(directory) as new:
             self.tokenizer.save_pretrained(new / "tokenizer")
             self.prior.save_pretrained(new / "prior")

@@ -114,6 +114,27 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path}: not JSON ({error})") from None
 
 
+def check_replaceable(directory: Path) -> None:
+    """Raises InputError where writing a model into its place would take away anything else."""
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise InputError(f"{directory}: is a file; give a directory for the model")
+    if any(directory.iterdir()) and not _holds_model(directory):
+        raise InputError(f"{directory}: holds something that is no model; give another place")
+
+
+def _holds_model(directory: Path) -> bool:
+    """Whether `save_pretrained` may have written it, a single model or a pipeline."""
+    places = (directory, directory / "tokenizer")
+    for config in (place / "config.json" for place in places):
+        with contextlib.suppress(InputError):
+            description = read_json(config)
+            if isinstance(description, dict) and {"model_type", "config"} <= description.keys():
+                return True
+    return False
+
+
 def flat_weights(module: nnx.Module) -> dict[str, np.ndarray]:
     """Every variable of a module by its dotted path, for example `encoder.conv_in.kernel`.
 
@@ -226,10 +247,14 @@ class Pretrained(nnx.Module):
     def save_pretrained(
         self, directory: Path | str, *, provenance: Mapping[str, Any] | None = None
     ) -> None:
-        """Writes the model; a directory of that name is replaced once the new one is complete.
+        """Writes the model; an earlier model of that name is replaced once the new one is complete.
 
         `provenance` says where the weights are from, in the keys that vqgan/hub.py lists.
+
+        Raises:
+          InputError: something is there that is no model.
         """
+        check_replaceable(Path(directory))
         with atomic.new_directory(directory) as new:
             description = {"model_type": type(self).__name__, "config": to_json(self.config)}
             atomic.write_json(description, new / "config.json")

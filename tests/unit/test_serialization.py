@@ -137,3 +137,18 @@ def test_a_save_that_fails_leaves_the_old_model(directory, monkeypatch):
         tokenizer.save_pretrained(directory)
     assert (directory / "model.safetensors").read_bytes() == before
     assert [path.name for path in directory.parent.iterdir()] == ["model"]
+
+
+def test_a_save_replaces_models_only(directory):
+    tokenizer = Tokenizer.from_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    (directory.parent / "empty").mkdir()
+    tokenizer.save_pretrained(directory.parent / "empty")
+    work = directory.parent / "work"
+    work.mkdir()
+    for name in ("config.json", "thesis.tex"):  # a config.json of something else is no mark
+        (work / name).write_text("{}")
+    for place in (work, work / "thesis.tex"):
+        with pytest.raises(InputError, match=r"(is no model|is a file); give"):
+            tokenizer.save_pretrained(place)
+    assert sorted(path.name for path in work.iterdir()) == ["config.json", "thesis.tex"]
