@@ -31,6 +31,8 @@ from vqgan.errors import InputError
 from vqgan.pictures import to_float
 from vqgan.train.config import LossConfig
 from vqgan.train.reconstruction import Perceptual, perceptual_networks, reconstruction_terms
+from vqgan.train.sharding import make_mesh
+from vqgan.train.state import compiled
 from vqgan.train.tokenizer import setup, step, train_tokenizer
 
 TINY = ResNetConfig(blocks=(1, 2), width=4, classes=5, resize=16)
@@ -266,6 +268,23 @@ def test_the_network_is_the_named_one_or_the_given_one(tmp_path):
     assert networks.lpips is None and networks.classifier.config == TINY
     given = perceptual_networks(loss, 1, means).classifier
     np.testing.assert_array_equal(given(pair()[0])[-1], means(pair()[0])[-1])
+
+
+@pytest.mark.parametrize("kind", ["module", "function"])
+def test_the_networks_are_arguments_of_the_compiled_step(kind):
+    networks = perceptual_networks(
+        LossConfig(perceptual_weight=0.0, classifier_weight=0.1),
+        3,
+        resnet() if kind == "module" else means,
+    )
+
+    def one(state, images, *, perceptual):
+        return state, classifier_loss(perceptual.classifier, "logits", *images)
+
+    state = {"step": jnp.zeros(())}
+    _, value = compiled(one, state, make_mesh(), perceptual=networks)(state, pair())
+    expected = classifier_loss(networks.classifier, "logits", *pair())
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
 
 
 def test_nothing_is_left_of_a_run_whose_classifier_is_not_there(tmp_path):
