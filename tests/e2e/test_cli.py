@@ -134,7 +134,8 @@ def test_second_process_compiles_nothing_anew(tmp_path):
         "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0); seen = []; "
         "jax.monitoring.register_event_listener(lambda name, **_: seen.append(name)); "
         "from test_train_step import *; stage, init = setup(CONFIG); "
-        "jax.jit(functools.partial(step, stage))(jax.jit(init)(), batch(), key=KEY, lpips=None); "
+        "jax.jit(functools.partial(step, stage))(jax.jit(init)(), batch(), key=KEY, "
+        "perceptual=Perceptual()); "
         "print(sum(n.endswith('/cache_misses') for n in seen), "
         "sum(n.endswith('/cache_hits') for n in seen))"
     )

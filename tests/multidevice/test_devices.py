@@ -34,6 +34,7 @@ from vqgan.train.config import (
     TokenizerTraining,
 )
 from vqgan.train.metrics import read_metrics
+from vqgan.train.reconstruction import Perceptual
 from vqgan.train.state import compiled, create
 
 pytestmark = pytest.mark.multidevice
@@ -101,7 +102,7 @@ def test_five_gan_steps_on_one_device_and_eight():
     rng = np.random.default_rng(0)
     batches = [{"image": rng.integers(0, 256, (8, 16, 16, 3), np.uint8)} for _ in range(5)]
     runs = [
-        train(tokenizer.setup, tokenizer.step, STAGE_1, batches, mesh, lpips=None)
+        train(tokenizer.setup, tokenizer.step, STAGE_1, batches, mesh, perceptual=Perceptual())
         for mesh in (one_device(), sharding.make_mesh())
     ]
     assert len(jax.tree.leaves(runs[1][1].params)[0].sharding.device_set) == 8

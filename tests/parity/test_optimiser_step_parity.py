@@ -23,6 +23,7 @@ from vqgan.adversarial.lpips import load_lpips
 from vqgan.convert import table, taming
 from vqgan.pictures import to_float
 from vqgan.train.config import LossConfig, OptimConfig, TokenizerTraining
+from vqgan.train.reconstruction import Perceptual
 from vqgan.train.state import split
 from vqgan.train.tokenizer import setup, step
 
@@ -90,7 +91,7 @@ def our_step(imported):
     )
     batch = {"image": jnp.asarray(PIXELS)}
     one = jax.jit(functools.partial(step, stage))
-    state, metrics = one(state, batch, jax.random.key(0), load_lpips("vgg16"))
+    state, metrics = one(state, batch, jax.random.key(0), Perceptual(lpips=load_lpips("vgg16")))
     tokenizer = nnx.merge(stage.tokenizer, state.params, state.codebook_stats)
     judge = nnx.merge(stage.discriminator, state.disc_params, state.disc_stats)
     return metrics, tokenizer, judge

@@ -13,6 +13,7 @@ from vqgan.adversarial.feature_heads import FeatureHeadsConfig
 from vqgan.adversarial.layers import ActNorm, blur_pool
 from vqgan.adversarial.patchgan import PatchGANConfig
 from vqgan.adversarial.stylegan2 import StyleGAN2Config, batch_deviation
+from vqgan.adversarial.vqgan_plus import VQGANPlusConfig, VQGANPlusDiscriminator
 from vqgan.errors import InputError
 from vqgan.serialization import from_json, to_json
 from vqgan.train.config import TokenizerTraining
@@ -26,6 +27,7 @@ CONFIGS = {
     "none": dataclasses.replace(PATCH, norm="none"),
     "stylegan2": StyleGAN2Config(resolution=16, base_channels=4, max_channels=8),
     "features": FeatureHeadsConfig(map_channels=(3, 12), width=8, norm_groups=2),
+    "vqgan-plus": VQGANPlusConfig(base_channels=8, num_stages=2, norm_groups=4, grid=4),
 }
 
 
@@ -55,7 +57,7 @@ def test_it_learns_to_tell_two_kinds_of_images_apart(config):
     model = make_discriminator(config, rngs=nnx.Rngs(0))
     graphdef, params, stats = nnx.split(model, nnx.Param, ...)
     seen = maps if config.kind == "features" else lambda x: x
-    real = jnp.repeat(images()[:, ::2], 2, axis=1)  # rows in pairs
+    real = jnp.repeat(images()[:, ::4], 4, axis=1)  # rows in fours: blur leaves these
 
     def logits(params, x):
         return nnx.merge(graphdef, params, stats, copy=True)(seen(x), train=True)
@@ -90,7 +92,7 @@ def test_it_lives_in_a_directory_and_in_a_config(config, tmp_path):
     assert from_json(TokenizerTraining, to_json(training), where="x") == training
 
 
-@pytest.mark.parametrize("name", ["group, blur", "none", "features"])
+@pytest.mark.parametrize("name", ["group, blur", "none", "features", "vqgan-plus"])
 def test_without_batch_statistics_images_do_not_see_one_another(name):
     _, logits = made(CONFIGS[name])
     together = logits(images(4))
@@ -144,6 +146,8 @@ def test_deviation_over_groups_of_images():
         (StyleGAN2Config(resolution=48), "resolution 48"),
         (StyleGAN2Config(resolution=4), "resolution 4 "),
         (FeatureHeadsConfig(width=12), "norm_groups 8 does not divide"),
+        (VQGANPlusConfig(base_channels=48), "norm_groups 32 does not divide"),
+        (VQGANPlusConfig(num_stages=0), "num_stages 0 and grid 16 must be"),
         (FeatureHeadsConfig(map_channels=()), "map_channels is empty"),
     ],
 )
@@ -155,6 +159,10 @@ def test_configs_that_contradict_themselves(config, message):
 def test_inputs_that_do_not_fit():
     with pytest.raises(InputError, match=r"\(8, 8, 3\).*\(16, 16, 3\)"):
         made(CONFIGS["stylegan2"])[0](jnp.ones((2, 8, 8, 3)), train=True)
+    with pytest.raises(InputError, match=r"3 channels.*in_channels=1"):
+        VQGANPlusDiscriminator(VQGANPlusConfig(in_channels=1, base_channels=32), rngs=nnx.Rngs(0))(
+            images(), train=True
+        )
     with pytest.raises(InputError, match=r"\(3,\) channels.*\(3, 12\)"):
         made(CONFIGS["features"])[0]([jnp.ones((2, 8, 8, 3))], train=True)
 

@@ -19,6 +19,7 @@ from vqgan.train.config import RunConfig
 from vqgan.train.guard import Guard, GuardConfig, Watch, guard_metrics, new_guard, observe, strength
 from vqgan.train.loop import Stopped
 from vqgan.train.metrics import read_metrics
+from vqgan.train.reconstruction import Perceptual
 from vqgan.train.tokenizer import train_tokenizer
 
 RULE = GuardConfig(window=20, patience=3, hold=15, calm=40, max_returns=1)
@@ -198,7 +199,7 @@ def test_a_calm_guard_changes_no_bit_and_without_one_nothing_is_watched():
     ends = []
     for guard in (True, False):
         stage, init = setup(with_loss(disc_start=1, guard=guard))
-        jitted = jax.jit(functools.partial(step, stage, lpips=None))
+        jitted = jax.jit(functools.partial(step, stage, perceptual=Perceptual()))
         state = init()
         for seed in range(3):
             state, metrics = jitted(state, batch(seed), key=KEY)
@@ -213,11 +214,13 @@ def test_a_calm_guard_changes_no_bit_and_without_one_nothing_is_watched():
 @pytest.mark.slow
 def test_a_held_term_moves_the_discriminator_only():
     stage, init = setup(with_loss(disc_start=0))
-    jitted = jax.jit(functools.partial(step, stage, lpips=None))
+    jitted = jax.jit(functools.partial(step, stage, perceptual=Perceptual()))
     guard = dataclasses.replace(new_guard(), holding=jnp.int32(5))
     held, metrics = jitted(dataclasses.replace(init(), guard=guard), batch(), key=KEY)
     stage, init = setup(with_loss(disc_start=-1))
-    never, _ = jax.jit(functools.partial(step, stage, lpips=None))(init(), batch(), key=KEY)
+    never, _ = jax.jit(functools.partial(step, stage, perceptual=Perceptual()))(
+        init(), batch(), key=KEY
+    )
     for x, y in zip(*map(jax.tree.leaves, (held.params, never.params)), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-6)
     assert metrics["adversarial_weight"] == 0 and not same(held.disc_params, init().disc_params)

@@ -23,6 +23,7 @@ from vqgan.tokenizer.model import TokenizerConfig
 from vqgan.tokenizer.quantizers import VQConfig
 from vqgan.train.config import LossConfig, OptimConfig, RunConfig, TokenizerTraining
 from vqgan.train.optim import optimizer, schedule
+from vqgan.train.reconstruction import Perceptual
 from vqgan.train.tokenizer import setup, step
 
 KEY = jax.random.key(7)
@@ -149,7 +150,7 @@ def assert_trees_close(found, expected):
 def test_gradients_of_both_players_equal_the_long_way(kind):
     stage, init = setup(with_loss(adversarial=kind), GRADIENTS, GRADIENTS)
     state = spread_codes(init())
-    jitted = jax.jit(functools.partial(step, stage, lpips=Distance()))
+    jitted = jax.jit(functools.partial(step, stage, perceptual=Perceptual(lpips=Distance())))
     new, metrics = jitted(state, batch(), key=KEY)
     long_way = Gradients(stage, state, to_float(batch()["image"]), Distance())
 
@@ -173,7 +174,7 @@ def started():
     jitted = jax.jit(functools.partial(step, stage))
     states, metrics = [init()], []
     for _ in range(5):
-        state, values = jitted(states[-1], batch(), key=KEY, lpips=None)
+        state, values = jitted(states[-1], batch(), key=KEY, perceptual=Perceptual())
         states.append(state)
         metrics.append(jax.device_get(values))
     return states, metrics, jitted
@@ -217,7 +218,9 @@ def test_codes_that_maintenance_moves_move_in_the_average_too():
     quantizer = dataclasses.replace(CONFIG.model.quantizer, init_from_data=True)
     model = dataclasses.replace(CONFIG.model, quantizer=quantizer)
     stage, init = setup(dataclasses.replace(with_loss(disc_start=-1), model=model))
-    new, _ = jax.jit(functools.partial(step, stage))(init(), batch(), key=KEY, lpips=None)
+    new, _ = jax.jit(functools.partial(step, stage))(
+        init(), batch(), key=KEY, perceptual=Perceptual()
+    )
     codes, average = (
         np.asarray(part["quantizer"]["codebook"][...]) for part in (new.params, new.ema)
     )
@@ -235,7 +238,7 @@ def test_overfits_one_batch():
     images = jnp.broadcast_to(smooth.reshape(1, 16, 1, 1), (4, 16, 16, 3))
     state, losses = init(), []
     for _ in range(30):
-        state, metrics = jitted(state, {"image": images}, key=KEY, lpips=None)
+        state, metrics = jitted(state, {"image": images}, key=KEY, perceptual=Perceptual())
         losses.append(float(metrics["l1"]))
     assert losses[-1] < 0.5 * losses[0], losses
 
@@ -309,7 +312,7 @@ def test_the_generator_follows_any_discriminator(judge, extractor):
     stage, init = setup(dataclasses.replace(CONFIG, discriminator=judge), GRADIENTS, GRADIENTS)
     state = spread_codes(init())
     one = jax.jit(functools.partial(step, stage))
-    new, metrics = one(state, batch(), key=KEY, lpips=None, extractor=extractor)
+    new, metrics = one(state, batch(), key=KEY, perceptual=Perceptual(), extractor=extractor)
     output = nnx.merge(stage.tokenizer, state.params, state.codebook_stats)(
         to_float(batch()["image"])
     )
@@ -331,7 +334,7 @@ def regularised():
     changes = {"lecam_weight": 0.5, "lecam_decay": 0.5, "r1_weight": 3.0, "r1_every": 2}
     config = with_loss(**changes, disc_start_fraction=0.01, disc_warmup=5, disc_ramp=2)
     stage, init = setup(config, GRADIENTS, GRADIENTS)
-    jitted = jax.jit(functools.partial(step, stage, lpips=None))
+    jitted = jax.jit(functools.partial(step, stage, perceptual=Perceptual()))
     states, metrics = [spread_codes(init())], []
     for _ in range(4):
         state, values = jitted(states[-1], batch(), key=KEY)
@@ -374,7 +377,7 @@ def test_the_weight_ramps_up_from_a_fraction_of_the_run(regularised):
 
 def test_both_players_see_augmented_images():
     stage, init = setup(with_loss(augment=("cutout", "translation")), GRADIENTS, GRADIENTS)
-    jitted = jax.jit(functools.partial(step, stage, lpips=None))
+    jitted = jax.jit(functools.partial(step, stage, perceptual=Perceptual()))
     states = [jitted(init(), batch(), key=jax.random.key(seed)) for seed in (0, 0, 1)]
     real = [float(metrics["disc_real"]) for _, metrics in states]
     assert real[0] == real[1] != real[2]

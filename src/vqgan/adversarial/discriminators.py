@@ -12,17 +12,19 @@ from flax import nnx
 from vqgan.adversarial.feature_heads import FeatureHeads, FeatureHeadsConfig
 from vqgan.adversarial.patchgan import PatchGAN, PatchGANConfig
 from vqgan.adversarial.stylegan2 import StyleGAN2Config, StyleGAN2Discriminator
+from vqgan.adversarial.vqgan_plus import VQGANPlusConfig, VQGANPlusDiscriminator
 from vqgan.errors import InputError
 from vqgan.serialization import Pretrained, read_json
 
 # In JSON and on the command line they are told apart by `kind`.
-DiscriminatorConfig = PatchGANConfig | StyleGAN2Config | FeatureHeadsConfig
+DiscriminatorConfig = PatchGANConfig | StyleGAN2Config | FeatureHeadsConfig | VQGANPlusConfig
 Discriminator = Pretrained
 
 _classes: dict[type, type[Pretrained]] = {
     PatchGANConfig: PatchGAN,
     StyleGAN2Config: StyleGAN2Discriminator,
     FeatureHeadsConfig: FeatureHeads,
+    VQGANPlusConfig: VQGANPlusDiscriminator,
 }
 
 

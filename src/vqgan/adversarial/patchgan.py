@@ -2,8 +2,8 @@
 
 Isola et al. 2017, "Image-to-Image Translation with Conditional Adversarial Networks"
 (arXiv:1611.07004), in the form that VQGAN trains against. With three strided layers a logit sees
-70 x 70 pixels. With `norm="group"` and `blur` it is of the kind that VQGAN+ (arXiv:2409.16211)
-trains against: no image depends on the others of its batch, and nothing aliases.
+70 x 70 pixels. With `norm="group"` and `blur` no image depends on the others of its batch, and
+nothing aliases; the discriminator of VQGAN+ that is also of this kind is adversarial/vqgan_plus.py.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ class PatchGANConfig:
     """Shape of the discriminator.
 
     Attributes:
-      kind: others are "stylegan2" and "features", each with options and defaults of its own.
+      kind: others are "stylegan2", "features" and "vqgan-plus", each with options of its own.
       in_channels: of the images.
       base_channels: width of the first layer; it doubles a layer up to eight times.
       num_layers: layers of stride 2. A logit sees 16, 34, 70 or 142 pixels for 1, 2, 3 or 4.

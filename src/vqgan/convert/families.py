@@ -10,6 +10,7 @@ from vqgan.convert import (
     lpips,
     maskgit,
     net2net,
+    resnet,
     seed_voken,
     taming,
     vqgan_jax,
@@ -92,6 +93,13 @@ FAMILIES = (
         example="vqgan convert vgg16-397923af.pth models/lpips",
         recognise=lpips.recognise,
         load=lpips.load,
+    ),
+    Family(
+        name="resnet",
+        title="torchvision's ResNets, as classifiers for a perceptual term",
+        example="vqgan convert resnet50-0676ba61.pth models/resnet50",
+        recognise=resnet.recognise,
+        load=resnet.load,
     ),
     Family(
         name="vqgan-jax",

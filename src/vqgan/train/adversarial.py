@@ -176,7 +176,9 @@ def _play(
         terms = {"disc_loss": discriminator_loss(loss.adversarial, real, fake)}
         total = terms["disc_loss"]
         if loss.lecam_weight:
-            terms["lecam"] = lecam_loss(real, fake, state.logit_means)
+            of_mean = loss.lecam_of == "mean"
+            seen = (real.mean(), fake.mean()) if of_mean else (real, fake)
+            terms["lecam"] = lecam_loss(*seen, state.logit_means)
             total = total + loss.lecam_weight * terms["lecam"]
         return total, terms
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from vqgan.adversarial.augment import Augmentation
+from vqgan.adversarial.classifier import ClassifierTerm
 from vqgan.adversarial.discriminators import DiscriminatorConfig
 from vqgan.adversarial.patchgan import PatchGANConfig
 from vqgan.data.pipeline import DataConfig
@@ -41,6 +42,13 @@ class LossConfig:
     perceptual: Literal["vgg16", "alexnet"] = "vgg16"
     """The network of LPIPS."""
     perceptual_weight: float = 1.0
+    classifier: str = ""
+    """Directory, or owner/name on the hub, of a saved classifier, such as an imported ResNet, for a
+    second perceptual term."""
+    classifier_weight: float = 0.0
+    """Of that term. VQGAN+ has 0.1, and LPIPS's weight at 0."""
+    classifier_term: ClassifierTerm = "logits"
+    """Compare its logits, or its feature maps too."""
     codebook_weight: float = 1.0
     adversarial: Literal["hinge", "vanilla", "non_saturating"] = "hinge"
     adversarial_weight: float = 0.8
@@ -57,6 +65,9 @@ class LossConfig:
     an untrained discriminator loose on the generator."""
     lecam_weight: float = 0.0
     """Of the LeCam regulariser in the discriminator's loss (IBQ 0.05, VQGAN+ 0.001)."""
+    lecam_of: Literal["logits", "mean"] = "logits"
+    """Whether every logit is held back by the averages (IBQ), or their mean over the batch
+    (VQGAN+)."""
     lecam_decay: float = 0.999
     """Of the averages of real and fake logits that it compares with."""
     r1_weight: float = 0.0

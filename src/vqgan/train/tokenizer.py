@@ -6,7 +6,7 @@ come from the same reconstruction:
 
     z, ids, features         = encode, quantise and decode up to the last layer
     reconstruction           = last layer
-    dR                       = d(L1 + LPIPS) / d reconstruction
+    dR                       = d(L1 + LPIPS) / d reconstruction         (train/reconstruction.py)
     dG, discriminator update = from one pass of the discriminator over the reconstruction
     weight                   = |dR at the last layer| / |dG at the last layer|
     autoencoder update       = pull dR + weight dG back through everything
@@ -23,15 +23,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Key
 
+from vqgan.adversarial.classifier import Classifier
 from vqgan.adversarial.discriminators import (
     Discriminator,
     load_discriminator,
     make_discriminator,
 )
-from vqgan.adversarial.losses import pixel_loss
-from vqgan.adversarial.lpips import LPIPS, load_lpips
+from vqgan.adversarial.lpips import load_lpips
 from vqgan.data.pipeline import eval_batches, image_augment
 from vqgan.data.sources import ImageSource, open_source
 from vqgan.errors import InputError
@@ -50,9 +50,10 @@ from vqgan.train.adversarial import (
     feature_extractor,
     play_once_begun,
 )
-from vqgan.train.config import LossConfig, TokenizerTraining
+from vqgan.train.config import TokenizerTraining
 from vqgan.train.guard import Watch, guard_metrics, new_guard, observe
 from vqgan.train.optim import optimizer
+from vqgan.train.reconstruction import Perceptual, perceptual_networks, reconstruction_terms
 from vqgan.train.run_directory import claim
 from vqgan.train.state import (
     TokenizerState,
@@ -119,7 +120,7 @@ def step(
     state: TokenizerState,
     batch: Batch,
     key: Key[Array, ""],
-    lpips: LPIPS | None,
+    perceptual: Perceptual,
     extractor: Extractor | None = None,
 ) -> tuple[TokenizerState, Metrics]:
     """One update of the autoencoder and one of the discriminator.
@@ -127,7 +128,7 @@ def step(
     Args:
       batch: `image`, uint8 `[b, h, w, c]`.
       key: the run's; the step's own are derived from it.
-      lpips: the perceptual network; None where its weight is 0.
+      perceptual: the networks of the perceptual terms.
       extractor: feature maps of images, for a discriminator on features.
     """
     loss = stage.config.loss
@@ -148,8 +149,8 @@ def step(
     reconstruction, pull_last = jax.vjp(functools.partial(_apply_last, stage), last, features)
 
     # What both losses want of the reconstruction.
-    (nll, terms), wish = jax.value_and_grad(_reconstruction_terms, has_aux=True)(
-        reconstruction, images, loss, lpips
+    (nll, terms), wish = jax.value_and_grad(reconstruction_terms, has_aux=True)(
+        reconstruction, images, loss, perceptual
     )
     game = play_once_begun(
         stage,
@@ -199,19 +200,6 @@ def _apply_last(stage: Stage1, last: nnx.State, features: Array) -> Images:
     return to_pixels(y, model.pixel_range, model.output)
 
 
-def _reconstruction_terms(
-    reconstruction: Images, images: Images, loss: LossConfig, lpips: LPIPS | None
-) -> tuple[Float[Array, ""], Metrics]:
-    """Pixel and perceptual terms, the paper's negative log-likelihood."""
-    pixel = pixel_loss(loss.reconstruction, images, reconstruction)
-    metrics: Metrics = {loss.reconstruction: pixel}
-    total = loss.reconstruction_weight * pixel
-    if lpips is not None:
-        metrics["lpips"] = jnp.mean(lpips(images, reconstruction))
-        total = total + loss.perceptual_weight * metrics["lpips"]
-    return total, metrics
-
-
 def _maintain_codebook(
     stage: Stage1,
     state: TokenizerState,
@@ -242,6 +230,7 @@ def train_tokenizer(
     optim: optax.GradientTransformation | None = None,
     disc_optim: optax.GradientTransformation | None = None,
     extractor: Extractor | None = None,
+    classifier: Classifier | None = None,
     deadline: float | None = None,
 ) -> Tokenizer:
     """Trains a tokenizer in the run directory `out`, or goes on with the run that is there.
@@ -251,6 +240,8 @@ def train_tokenizer(
       extractor: feature maps of images `[b, h, w, c]` in [-1, 1], for a discriminator of kind
         "features": a differentiable function or, so that its weights need not become constants of
         the compiled step, a module. VGG16's stages by default.
+      classifier: in place of the one that `config.loss.classifier` names, a function or a module of
+        images `[b, h, w, c]` in [-1, 1]; see adversarial/classifier.py.
       deadline: `time.monotonic()` at which to stop early, in good order.
 
     Returns:
@@ -268,6 +259,8 @@ def train_tokenizer(
         open_source(data.source, split=split, holdout=data.holdout) for split in ("train", "test")
     )
     _check(config, train)
+    channels = config.model.autoencoder.in_channels
+    perceptual = perceptual_networks(config.loss, channels, classifier)
     mesh = sharding.make_mesh(fsdp=run.fsdp, tensor=run.tensor)
     sharding.check_batch(data.batch_size, mesh)
     claim(out, config)
@@ -281,7 +274,7 @@ def train_tokenizer(
         state,
         mesh,
         key=jax.random.key(run.seed),
-        lpips=load_lpips(config.loss.perceptual) if config.loss.perceptual_weight else None,
+        perceptual=perceptual,
         extractor=feature_extractor(config, extractor),
     )
     judge = load_lpips("vgg16") if config.model.autoencoder.in_channels in (1, 3) else None
