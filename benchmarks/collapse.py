@@ -38,6 +38,7 @@ from vqgan.tokenizer.quantizers import (
     VQConfig,
 )
 from vqgan.train.config import LossConfig, OptimConfig, TokenizerTraining
+from vqgan.train.reconstruction import Perceptual
 from vqgan.train.tokenizer import setup, step
 
 CODES, DIM = 2**14, 32
@@ -109,7 +110,7 @@ def run(quantizer: QuantizerConfig, steps: int, every: int = 50) -> list[dict[st
     )
     curve = []
     for count, batch in enumerate(data, 1):
-        state, _ = one(state, {"image": batch["image"]}, key, None)
+        state, _ = one(state, {"image": batch["image"]}, key, Perceptual())
         if count % every == 0:
             tokenizer = nnx.merge(stage.tokenizer, state.params, state.codebook_stats)
             curve.append({"step": count} | measure(tokenizer, seen, unseen))

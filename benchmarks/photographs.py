@@ -49,6 +49,7 @@ from vqgan.tokenizer.autoencoder import AutoencoderConfig
 from vqgan.tokenizer.model import TokenizerConfig
 from vqgan.tokenizer.quantizers import VQConfig
 from vqgan.train.config import LossConfig, OptimConfig, RunConfig, TokenizerTraining
+from vqgan.train.reconstruction import Perceptual
 from vqgan.train.tokenizer import setup, step
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "parity"))
@@ -238,10 +239,10 @@ class Ours:
         self.key = jax.random.key(SEED)
         one = functools.partial(step, self.stage)
         self.one = jax.jit(one, donate_argnums=0)
-        self.lpips = load_lpips("vgg16")
+        self.perceptual = Perceptual(lpips=load_lpips("vgg16"))
 
     def step(self, images: np.ndarray) -> None:
-        self.state, _ = self.one(self.state, {"image": images}, self.key, self.lpips)
+        self.state, _ = self.one(self.state, {"image": images}, self.key, self.perceptual)
         jax.block_until_ready(self.state.step)
 
     def tokenizer(self) -> Any:
