@@ -287,16 +287,19 @@ def pace(pictures: list[np.ndarray], rounds: int = 5, block: int = 6) -> dict[st
     return seconds
 
 
-def seconds_of(config: TokenizerTraining, pace: list[float]) -> float:
-    """Predicted time of a run: what `pace` says of the steps before and after the discriminator."""
-    without = config.loss.disc_start - config.loss.disc_warmup
-    return without * pace[0] + (config.run.steps - without) * pace[1]
+def seconds_of(config: TokenizerTraining, pace: list[float], steps: int) -> float:
+    """Predicted time of a run's first steps: what `pace` says, before the discriminator and after.
+
+    Times that are measured in turns bear other work on the machine, which those of a run do not.
+    """
+    without = min(config.loss.disc_start - config.loss.disc_warmup, steps)
+    return without * pace[0] + (steps - without) * pace[1]
 
 
 def steps_within(seconds: float, pace: list[float]) -> int:
     """The largest number of steps of `best` that fits."""
     steps = 1
-    while seconds_of(best(steps + 1), pace) <= seconds:
+    while seconds_of(best(steps + 1), pace, steps + 1) <= seconds:
         steps += 1
     return steps
 
@@ -320,7 +323,7 @@ def measure(trainer: Any, held_out: np.ndarray) -> dict[str, float]:
 def run(
     name: str, steps: int, train: list[np.ndarray], held_out: np.ndarray, every: int, out: Path
 ) -> dict[str, Any]:
-    """Trains one of `RUNS`; its curve and its last numbers. Seconds are those of the steps."""
+    """Trains one of `RUNS`; its curve. Seconds are those that the steps took."""
     make, config_of = RUNS[name]
     config = config_of(steps)
     trainer = make(config)
@@ -347,12 +350,13 @@ def remembered(path: Path, make: Callable[[], Any]) -> Any:
     return json.loads(path.read_text())
 
 
-def draw(results: dict[str, Any], path: Path) -> None:
+def draw(results: dict[str, Any], speeds: dict[str, list[float]], path: Path) -> None:
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     for axes, metric in zip(figure.subplots(1, 3), ("psnr", "ssim", "lpips"), strict=True):
         for name, result in results.items():
-            curve = result["curve"]
-            axes.plot([x["seconds"] / 60 for x in curve], [x[metric] for x in curve], label=name)
+            curve, config = result["curve"], RUNS[name][1](result["steps"])
+            minutes = [seconds_of(config, speeds[name], x["step"]) / 60 for x in curve]
+            axes.plot(minutes, [x[metric] for x in curve], "o-", ms=3, label=name)
         axes.set_title(f"held-out {metric.upper()}")
         axes.set_xlabel("minutes of training steps")
     figure.axes[0].legend()
@@ -372,7 +376,7 @@ def main() -> None:
     held_out = crops([p for i, p in enumerate(pictures) if i % 5 == 4])
     speeds = remembered(options.out / "pace.json", lambda: pace(train))
     print(f"seconds a step, without and with the discriminator: {json.dumps(speeds)}", flush=True)
-    budget = seconds_of(same(options.steps), [speeds["taming"][0], speeds["taming"][1]])
+    budget = seconds_of(same(options.steps), speeds["taming"], options.steps)
     lengths = {"best": steps_within(budget, speeds["best"])}
     results = {}
     for name in options.runs:
@@ -381,14 +385,15 @@ def main() -> None:
             options.out / f"{name}.json",
             functools.partial(run, name, steps, train, held_out, 200, options.out),
         )
-    print("run      steps  seconds   PSNR   SSIM   LPIPS  codes in use")
+    print("run      steps  minutes   PSNR   SSIM   LPIPS  codes in use")
     for name, result in results.items():
-        x = result["curve"][-1]
+        steps, x = result["steps"], result["curve"][-1]
+        minutes = seconds_of(RUNS[name][1](steps), speeds[name], steps) / 60
         print(
-            f"{name:8} {result['steps']:5}  {x['seconds']:7.0f}  {x['psnr']:5.2f}  {x['ssim']:.3f}"
+            f"{name:8} {steps:5}  {minutes:7.1f}  {x['psnr']:5.2f}  {x['ssim']:.3f}"
             f"  {x['lpips']:.4f}  {x['usage']:.0%}"
         )
-    draw(results, options.out / "photographs.png")
+    draw(results, speeds, options.out / "photographs.png")
 
 
 if __name__ == "__main__":
