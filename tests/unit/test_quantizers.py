@@ -285,8 +285,8 @@ def test_config_and_weights_survive_their_files(name):
     [
         (
             {"kind": "pq"},
-            "kind 'pq' is not one of vq, gumbel, ibq, lfq, bsq, fsq, ema, simvq, residual, product, "
-            "multiscale",
+            "kind 'pq' is not one of vq, gumbel, ibq, lfq, bsq, fsq, ema, simvq, residual, "
+            "product, multiscale",
         ),
         ({"kind": ["vq"]}, "kind"),
         ("vq", "kind"),

@@ -248,13 +248,17 @@ def cubic(x: Float[Array, "b p q d"], grid: Grid) -> Float[Array, "b h w d"]:
 def _resized(
     x: Float[Array, "b h w d"], matrices: list[Float[np.ndarray, "_ _"]]
 ) -> Float[Array, "b p q d"]:
-    """One matrix along the rows and one along the columns; what keeps its length stays as it is."""
+    """One matrix along the rows and one along the columns; what keeps its length stays as it is.
+
+    The latents come first in the products, so that how many there are does not change how each of
+    them is summed: an image is to have the same codes alone and in a batch.
+    """
     down, along = matrices
     precision = jax.lax.Precision.HIGHEST  # which the choice of a code needs
     if len(down) != x.shape[1]:
-        x = jnp.einsum("ph,bhwd->bpwd", down, x, precision=precision)
+        x = jnp.einsum("bhwd,ph->bpwd", x, down, precision=precision)
     if len(along) != x.shape[2]:
-        x = jnp.einsum("qw,bpwd->bpqd", along, x, precision=precision)
+        x = jnp.einsum("bpwd,qw->bpqd", x, along, precision=precision)
     return x
 
 
