@@ -184,27 +184,37 @@ def test_an_image_has_the_same_codes_alone_and_in_a_batch():
     np.testing.assert_array_equal(quantizer.codes(out.ids[1:2]), out.z_q[1:2])
 
 
-def test_codes_start_from_what_all_scales_have_to_quantise_and_more_scales_come_closer():
-    quantizer = make_quantizer(dataclasses.replace(FLAT, codebook_size=64), rngs=nnx.Rngs(0))
-    z = latents(shape=(16, 5, 5, 3))
-    ids = run(quantizer, z).ids
-    _, steps = by_hand(np.asarray(z), np.asarray(quantizer.table.codebook[...]), FLAT.scales)
-    seen = []
-    for scale, before in zip(FLAT.scales, [0 * steps[0], *steps], strict=False):
-        matrix = area_matrix(5, scale)
-        rest = np.einsum("ph,qw,bhwd->bpqd", matrix, matrix, np.asarray(z) - before)
-        seen.append(rest.reshape(-1, 3))
-    quantizer.maintain(z, ids, jax.random.key(0))
-    codes = np.asarray(quantizer.table.codebook[...])
-    gaps = [np.abs(codes[:, None] - rows).max(-1).min(-1) for rows in seen]
-    assert np.min(gaps, axis=0).max() < 1e-5
-    assert sum((gap < 1e-5).any() for gap in gaps) > 1  # not all of one scale
-
-    for batch in range(1, 4):
-        quantizer.maintain(z, run(quantizer, z).ids, jax.random.key(batch))
-    ids = run(quantizer, z).ids
-    errors = [float(jnp.square(z - quantizer.codes(ids[:, :end])).mean()) for end in FLAT.ends]
+def test_codes_start_from_what_all_scales_have_to_quantise():
+    # As many codes as latents, so that every one of them is a code.
+    quantizer = make_quantizer(dataclasses.replace(FLAT, codebook_size=640), rngs=nnx.Rngs(0))
+    z, other = latents(shape=(16, 5, 5, 3)), latents(7, (16, 5, 5, 3))
+    quantizer.maintain(z, run(quantizer, z).ids, jax.random.key(0))
+    codes, rest = np.asarray(quantizer.table.codebook[...]), np.asarray(z)
+    for scale in FLAT.scales:
+        down, up = area_matrix(5, scale), cubic_matrix(scale, 5)
+        rows = np.einsum("ph,qw,bhwd->bpqd", down, down, rest)
+        gaps = np.abs(codes[:, None] - rows.reshape(1, -1, 3)).max(-1).min(0)
+        assert gaps.max() < 1e-5, scale
+        rest = rest - np.einsum("hp,wq,bpqd->bhwd", up, up, rows)
+    ids = run(quantizer, other).ids
+    errors = [float(jnp.square(other - quantizer.codes(ids[:, :e])).mean()) for e in FLAT.ends]
     assert errors == sorted(errors, reverse=True)
+
+
+def test_dead_codes_move_onto_what_the_codes_of_now_leave_over():
+    config = dataclasses.replace(FLAT, codebook_size=64, init_from_data=False, revive_after=1)
+    quantizer, z = make(config), latents()
+    before, ids = np.asarray(quantizer.table.codebook[...]), run(quantizer, z).ids
+    _, steps = by_hand(np.asarray(z), before, FLAT.scales)
+    quantizer.maintain(z, ids, jax.random.key(0))
+    after, seen = np.asarray(quantizer.table.codebook[...]), []
+    moved = (after != before).any(-1)
+    assert set(np.flatnonzero(~moved)) == set(np.asarray(ids).ravel())
+    for scale, step in zip(FLAT.scales, [0 * steps[0], *steps], strict=False):
+        down = area_matrix(5, scale)
+        seen.append(np.einsum("ph,qw,bhwd->bpqd", down, down, np.asarray(z) - step).reshape(-1, 3))
+    gaps = np.abs(after[moved][:, None] - np.concatenate(seen)[None]).max(-1).min(1)
+    assert gaps.max() < 1e-5 and moved.sum() > 10
 
 
 def test_a_code_that_one_scale_uses_is_alive():

@@ -25,7 +25,7 @@ size.
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,6 +38,7 @@ from jaxtyping import Array, Float, Int, Key
 from vqgan.errors import InputError
 from vqgan.nn import conv
 from vqgan.tokenizer.quantizers.base import Quantizer, QuantizerOutput, straight_through, unit
+from vqgan.tokenizer.quantizers.care import chosen
 from vqgan.tokenizer.quantizers.chunked import nearest
 from vqgan.tokenizer.quantizers.vq import VectorQuantizer, VQConfig
 
@@ -161,7 +162,7 @@ class MultiScaleQuantizer(Quantizer):
         z_q, ids, commitment, codebook = jnp.zeros_like(z), [], [], []
         for i, grid in enumerate(self.config.grids):
             ids.append(self._nearest(area(jax.lax.stop_gradient(rest), grid)))
-            part = self._part(i, ids[-1])
+            part = self._part(i, self.table.codes(ids[-1]))
             rest, z_q = rest - part, z_q + part
             commitment.append(jnp.mean(jnp.square(jax.lax.stop_gradient(z_q) - z)))
             codebook.append(jnp.mean(jnp.square(z_q - jax.lax.stop_gradient(z))))
@@ -182,17 +183,45 @@ class MultiScaleQuantizer(Quantizer):
         """
         z_q = jnp.zeros((len(ids), *self.config.grids[-1], self.config.dim))
         for i, each in enumerate(self._by_scale(ids)):
-            z_q = z_q + self._part(i, each)
+            z_q = z_q + self._part(i, self.table.codes(each))
         return z_q
 
     def maintain(
         self, z: Float[Array, "b h w d"], ids: Int[Array, "b l"], key: Key[Array, ""]
     ) -> None:
-        rest, seen = jax.lax.stop_gradient(z.astype(jnp.float32)), []
-        for i, each in enumerate(self._by_scale(ids)):
-            seen.append(area(rest, self.config.grids[i]).reshape(len(z), -1, self.config.dim))
-            rest = rest - self._part(i, each)
-        self.table.maintain(jnp.concatenate(seen, axis=1)[:, None], ids[:, None], key)
+        z = jax.lax.stop_gradient(z.astype(jnp.float32))
+        parts = list(self._by_scale(ids))
+        seen = self._searched(z, lambda i, rows: self.table.codes(parts[i]))
+        if self.config.init_from_data:
+            seen = jax.lax.cond(
+                self.table.batches_seen[...] == 0,
+                lambda: self._searched(z, functools.partial(self._first_codes, key)),
+                lambda: seen,
+            )
+        self.table.maintain(seen[:, None], ids[:, None], key)
+
+    def _searched(
+        self, z: Float[Array, "b h w d"], codes: Callable[[int, Array], Array]
+    ) -> Float[Array, "b l d"]:
+        """What all scales have to quantise, where `codes` of (scale, its latents) are theirs."""
+        rest, seen = z, []
+        for i, grid in enumerate(self.config.grids):
+            rows = area(rest, grid)
+            rest = rest - self._part(i, codes(i, rows))
+            seen.append(rows.reshape(len(z), -1, self.config.dim))
+        return jnp.concatenate(seen, axis=1)
+
+    def _first_codes(
+        self, key: Key[Array, ""], scale: int, rows: Float[Array, "b p q d"]
+    ) -> Float[Array, "b p q d"]:
+        """The nearest of some of the latents themselves.
+
+        Before the first batch there are no codes of use. Had they no part in what is left over,
+        all scales would start with codes as large as latents, too large for all but the first.
+        """
+        count = max(self.config.codebook_size // len(self.config.scales), 1)
+        few = chosen(rows.reshape(-1, self.config.dim), count, jax.random.fold_in(key, scale))
+        return few[nearest(rows, few, self.config.chunk)]
 
     def _by_scale(self, ids: Int[Array, "b l"]) -> Iterator[Int[Array, "b p q"]]:
         """The grid of ids of each scale, up to the one that ids end with."""
@@ -213,11 +242,11 @@ class MultiScaleQuantizer(Quantizer):
             z, table = unit(z), unit(table)
         return nearest(z, table, self.config.chunk)
 
-    def _part(self, scale: int, ids: Int[Array, "b p q"]) -> Float[Array, "b h w d"]:
-        """What the ids of a scale add to z_q."""
+    def _part(self, scale: int, codes: Float[Array, "b p q d"]) -> Float[Array, "b h w d"]:
+        """What the codes of a scale add to z_q."""
         config = self.config
         phi = self.phis[config.phi_of(scale)] if config.phis else None
-        return _spread(self.table.codes(ids), phi, config.grids[-1], config.phi_ratio)
+        return _spread(codes, phi, config.grids[-1], config.phi_ratio)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
