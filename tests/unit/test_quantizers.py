@@ -31,6 +31,7 @@ from vqgan.tokenizer.quantizers import (
     GumbelConfig,
     IBQConfig,
     LFQConfig,
+    MultiScaleConfig,
     ProductConfig,
     ResidualConfig,
     SimVQConfig,
@@ -50,6 +51,7 @@ EMA = EMAConfig(codebook_size=12, dim=3, decay=0.9, epsilon=0.1)
 SIMVQ = SimVQConfig(codebook_size=12, dim=3)
 RESIDUAL = ResidualConfig(inner=SMALL, depth=3, shared=False)
 PRODUCT = ProductConfig(inner=FSQConfig(levels=(5,)), groups=3)
+MULTISCALE = MultiScaleConfig(scales=(1, 2, 3), columns=(1, 3, 4), codebook_size=12, dim=3, phis=2)
 USED = (7, 2, 9, 4, 0)
 CONFIGS = {
     "vq": SMALL,
@@ -72,6 +74,8 @@ CONFIGS = {
     "product": PRODUCT,
     "product-shared": ProductConfig(inner=dataclasses.replace(SMALL, dim=1), groups=3, shared=True),
     "fsq-symmetric": dataclasses.replace(FSQ, symmetric=True),
+    "multiscale": MULTISCALE,
+    "multiscale-cosine": dataclasses.replace(MULTISCALE, cosine=True, k_means=2, phis=0),
 }
 # z_q has the identity as its gradient; every code is the one that its own value is quantised to.
 STRAIGHT = (
@@ -84,7 +88,10 @@ STRAIGHT = (
     "residual",
     "residual-shared",
     "product-shared",
+    "multiscale",
+    "multiscale-cosine",
 )
+SEQUENCES = {"multiscale": 19, "multiscale-cosine": 19}  # whose ids are [b, l]
 PLACES = {
     "residual": (3,),
     "residual-shared": (2,),
@@ -92,7 +99,12 @@ PLACES = {
     "product": (3,),
     "product-shared": (3,),
 }
-STABLE = (*(name for name in STRAIGHT if name not in PLACES), "vq-normalize", "vq-rotation", "bsq")
+STABLE = (
+    *(name for name in STRAIGHT if name not in {*PLACES, *SEQUENCES}),
+    "vq-normalize",
+    "vq-rotation",
+    "bsq",
+)
 LOSSLESS = ("fsq", "fsq-symmetric", "product")
 
 
@@ -167,7 +179,8 @@ def test_ids_are_int32_of_the_grid_and_codes_inverts_them_bit_for_bit(name, scal
     quantizer, z = make(CONFIGS[name]), scale * latents()
     out = run(quantizer, z)  # compiled as one; codes are not
     assert out.ids.dtype == jnp.int32
-    assert out.ids.shape == (*z.shape[:3], *PLACES.get(name, ()))
+    grid = (*z.shape[1:3], *PLACES.get(name, ()))
+    assert out.ids.shape == (len(z), *((SEQUENCES[name],) if name in SEQUENCES else grid))
     assert (out.ids >= 0).all() and (out.ids < quantizer.codebook_size).all()
     np.testing.assert_array_equal(quantizer.codes(out.ids), out.z_q)
 
@@ -272,7 +285,8 @@ def test_config_and_weights_survive_their_files(name):
     [
         (
             {"kind": "pq"},
-            "kind 'pq' is not one of vq, gumbel, ibq, lfq, bsq, fsq, ema, simvq, residual, product",
+            "kind 'pq' is not one of vq, gumbel, ibq, lfq, bsq, fsq, ema, simvq, residual, "
+            "product, multiscale",
         ),
         ({"kind": ["vq"]}, "kind"),
         ("vq", "kind"),
@@ -342,7 +356,7 @@ def test_command_line_chooses_by_kind(capsys):
         main([*command, "pq", "--out", "x"])
     lines = capsys.readouterr().err.splitlines()
     assert exit.value.code == 2
-    kinds = "vq, gumbel, ibq, lfq, bsq, fsq, ema, simvq, residual, product"
+    kinds = "vq, gumbel, ibq, lfq, bsq, fsq, ema, simvq, residual, product, multiscale"
     assert lines == [f"vqgan: --model.quantizer.kind pq: there are {kinds}"]
 
 

@@ -35,7 +35,8 @@ class CodesInfo:
 
     codebook_size: int
     grid: tuple[int, ...]
-    """Shape of one image's ids: `(h, w)`, or `(h, w, q)` with q codes a position."""
+    """Shape of one image's ids: `(h, w)`, `(h, w, q)` with q codes a position, or `(l,)` where they
+    are a sequence over several scales."""
     count: int
     """Records, over all passes."""
     passes: tuple[str, ...]
@@ -75,8 +76,9 @@ def write_codes(
     The directory appears when it is complete; a run that is killed leaves none.
 
     Args:
-      encode: uint8 images `[batch_size, h, w, c]` to ids `[batch_size, h', w']`, or
-        `[batch_size, h', w', q]`. All calls have one shape: the last is filled up with copies.
+      encode: uint8 images `[batch_size, h, w, c]` to ids `[batch_size, h', w']`,
+        `[batch_size, h', w', q]` or `[batch_size, l]`. All calls have one shape: the last is filled
+        up with copies.
       out_dir: replaced if it holds codes.
       passes: names out of `PASSES`.
       tokenizer: a note of what encodes.
@@ -163,7 +165,7 @@ def _write_records(
 
 def _frequencies(ids: Integer[np.ndarray, "b *grid"], size: int) -> Integer[np.ndarray, "q k"]:
     """How often each code occurs, by its place among the q codes of a position."""
-    by_place = [ids] if ids.ndim == 3 else np.moveaxis(ids, -1, 0)
+    by_place = np.moveaxis(ids, -1, 0) if ids.ndim == 4 else [ids]
     return np.stack([np.bincount(codes.ravel(), minlength=size) for codes in by_place])
 
 
@@ -187,7 +189,7 @@ def _id_type(codebook_size: int) -> str:
 
 
 class CodeSource:
-    """Stored codes as items `{"ids": int32 [h, w] or [h, w, q], "label": int32}`, pass by pass."""
+    """Stored codes as items `{"ids": int32 [*grid], "label": int32}`, pass by pass."""
 
     def __init__(self, directory: Path | str):
         """Raises InputError where the directory is missing, incomplete or does not fit together."""

@@ -1,4 +1,4 @@
-"""Stage 1: the tokenizer. Images to a grid of code ids and back.
+"""Stage 1: the tokenizer. Images to code ids and back.
 
     images -> encoder -> quant_conv -> z -> quantizer -> z_q, ids
     z_q -> post_quant_conv -> decoder -> images
@@ -19,6 +19,9 @@ from vqgan.nn import conv, fold
 from vqgan.serialization import Pretrained
 from vqgan.tokenizer.autoencoder import AutoencoderConfig, Decoder, Encoder
 from vqgan.tokenizer.quantizers import QuantizerConfig, VQConfig, make_quantizer
+
+Ids = Int[Array, "b h2 w2 *q"] | Int[Array, "b l"]
+"""A grid, or a sequence of several grids: what the quantizer gives."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +55,7 @@ class TokenizerOutput:
     """Latents before quantisation."""
     z_q: Float[Array, "b h2 w2 d"]
     """Latents after quantisation."""
-    ids: Int[Array, "b h2 w2 *q"]
+    ids: Ids
     losses: dict[str, Float[Array, ""]]
     """The quantizer's loss terms by name."""
 
@@ -60,7 +63,8 @@ class TokenizerOutput:
 class Tokenizer(Pretrained):
     """VQGAN's first stage (arXiv:2012.09841).
 
-    Images are float32 `[b, h, w, c]` in [-1, 1], of any size that `factor` divides.
+    Images are float32 `[b, h, w, c]` in [-1, 1], of any size that `factor` divides; of one size
+    only where the quantizer has several scales.
     """
 
     config_class = TokenizerConfig
@@ -91,16 +95,18 @@ class Tokenizer(Pretrained):
         return self.quantizer.codebook_size
 
     @jax.jit
-    def encode(self, images: Float[Array, "b h w c"]) -> Int[Array, "b h2 w2 *q"]:
-        """Ids of images in [-1, 1]; `[b, h, w, q]` where the quantizer has q a position.
+    def encode(self, images: Float[Array, "b h w c"]) -> Ids:
+        """Ids of images in [-1, 1]; `[b, h, w, q]` where the quantizer has q a position, and
+        `[b, l]` where it has several scales.
 
         Raises:
-          InputError: height or width is not a multiple of `factor`, or channels do not fit.
+          InputError: height or width is not a multiple of `factor`, channels do not fit, or a
+            quantizer of several scales is for another size.
         """
         return self.quantizer(self.latents(images)).ids
 
     @jax.jit
-    def decode(self, ids: Int[Array, "b h2 w2 *q"]) -> Float[Array, "b h w c"]:
+    def decode(self, ids: Ids) -> Float[Array, "b h w c"]:
         """Images, not clipped, from ids in [0, codebook_size)."""
         return self.decoder(self._decoder_input(self.quantizer.codes(ids)))
 

@@ -222,7 +222,14 @@ def _fitted(config: PriorTraining, tokenizer: Tokenizer, source: ImageSource) ->
     """
     if config.model.prefix is not None:
         raise InputError("model.prefix: no data source has condition images yet; train without it")
-    side = config.data.image_size // tokenizer.factor
+    size, side = config.data.image_size, config.data.image_size // tokenizer.factor
+    image = jnp.zeros((1, size, size, tokenizer.config.autoencoder.in_channels))
+    _, *shape = jax.eval_shape(tokenizer.encode, image).shape
+    if shape != [side, side]:
+        raise InputError(
+            f"tokenizer: its {tokenizer.config.quantizer.kind} quantizer gives ids of shape "
+            f"{'x'.join(map(str, shape))} an image; a prior takes one a position, {side}x{side}"
+        )
     fitted = dataclasses.replace(
         config.model,
         codebook_size=tokenizer.codebook_size,

@@ -40,6 +40,7 @@ from vqgan.pictures import inputs_over_outputs, to_float, to_uint8
 from vqgan.serialization import model_directory, to_json
 from vqgan.tokenizer.autoencoder import to_pixels
 from vqgan.tokenizer.model import Tokenizer
+from vqgan.tokenizer.quantizers import MultiScaleConfig
 from vqgan.train import loop, sharding
 from vqgan.train.adversarial import (
     Extractor,
@@ -380,6 +381,9 @@ def _check(config: TokenizerTraining, source: ImageSource) -> None:
             f"data.image_size {config.data.image_size} is not a multiple of {model.factor}, "
             "the tokenizer's downsampling factor"
         )
+    if isinstance(config.model.quantizer, MultiScaleConfig):
+        side = config.data.image_size // model.factor
+        config.model.quantizer.check_grid(side, side)
     channels = source[0]["image"].shape[-1]
     if channels != model.in_channels or channels != judge.in_channels:
         raise InputError(

@@ -1,7 +1,7 @@
 """The quantizers: one file each, chosen by the type of its config.
 
 A new one is a file, a member of `SingleConfig` and a line in `single_classes`, both in single.py;
-where it gives several ids a position, of `QuantizerConfig` and in `_classes` below.
+where it gives several ids a position or a sequence, of `QuantizerConfig` and in `_classes` below.
 """
 
 from collections.abc import Callable
@@ -15,6 +15,7 @@ from vqgan.tokenizer.quantizers.fsq import FiniteScalarQuantizer, FSQConfig
 from vqgan.tokenizer.quantizers.gumbel import GumbelConfig, GumbelQuantizer
 from vqgan.tokenizer.quantizers.ibq import IBQConfig, IBQuantizer
 from vqgan.tokenizer.quantizers.lfq import LFQConfig, LookupFreeQuantizer
+from vqgan.tokenizer.quantizers.multiscale import MultiScaleConfig, MultiScaleQuantizer
 from vqgan.tokenizer.quantizers.product import ProductConfig, ProductQuantizer
 from vqgan.tokenizer.quantizers.residual import ResidualConfig, ResidualQuantizer
 from vqgan.tokenizer.quantizers.simvq import SimVectorQuantizer, SimVQConfig
@@ -22,12 +23,13 @@ from vqgan.tokenizer.quantizers.single import SingleConfig, single_classes
 from vqgan.tokenizer.quantizers.vq import VectorQuantizer, VQConfig
 
 # In JSON and on the command line they are told apart by `kind`.
-QuantizerConfig = SingleConfig | ResidualConfig | ProductConfig
+QuantizerConfig = SingleConfig | ResidualConfig | ProductConfig | MultiScaleConfig
 
 _classes: dict[type, Callable[..., Quantizer]] = {
     **single_classes,
     ResidualConfig: ResidualQuantizer,
     ProductConfig: ProductQuantizer,
+    MultiScaleConfig: MultiScaleQuantizer,
 }
 
 
@@ -51,6 +53,8 @@ __all__ = [
     "IBQuantizer",
     "LFQConfig",
     "LookupFreeQuantizer",
+    "MultiScaleConfig",
+    "MultiScaleQuantizer",
     "ProductConfig",
     "ProductQuantizer",
     "Quantizer",

@@ -12,6 +12,9 @@ from jaxtyping import Array, Float, Int, Key
 
 from vqgan.errors import InputError
 
+Ids = Int[Array, "b h w *q"] | Int[Array, "b l"]
+"""One a position, or q; or a sequence, where ids are of several grids (multiscale.py)."""
+
 
 class CodebookStat(nnx.Variable):
     """What a quantizer knows about its codes: saved with the model, never seen by an optimiser."""
@@ -20,11 +23,11 @@ class CodebookStat(nnx.Variable):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class QuantizerOutput:
-    """Quantised latents, their ids (one or q a position), and the losses by name, each a scalar."""
+    """Quantised latents, their ids, and the losses by name, each a scalar."""
 
     z_q: Float[Array, "b h w d"]
     """Equal to the codes in value; every quantizer says what its gradient is."""
-    ids: Int[Array, "b h w *q"]
+    ids: Ids
     losses: dict[str, Float[Array, ""]]
     """Weighted by the config, so that their sum is the quantizer's share of the objective. Never
     empty: where there is nothing to lose, `quantizer` is 0."""
@@ -59,18 +62,16 @@ class Quantizer(nnx.Module):
         """
 
     @abc.abstractmethod
-    def codes(self, ids: Int[Array, "b h w *q"]) -> Float[Array, "b h w d"]:
+    def codes(self, ids: Ids) -> Float[Array, "b h w d"]:
         """The codes of ids: `codes(self(z).ids)` equals `self(z).z_q`."""
 
-    def maintain(
-        self, z: Float[Array, "b h w d"], ids: Int[Array, "b h w *q"], key: Key[Array, ""]
-    ) -> None:
+    def maintain(self, z: Float[Array, "b h w d"], ids: Ids, key: Key[Array, ""]) -> None:
         """Called in place after an optimiser's update, with what the update had quantised.
 
         Does nothing where a quantizer has no codes to look after.
         """
 
-    def statistics(self, ids: Int[Array, "b h w *q"]) -> dict[str, Float[Array, ""]]:
+    def statistics(self, ids: Ids) -> dict[str, Float[Array, ""]]:
         """Scalars to log about ids: the fraction of all ids that occur, and their perplexity.
 
         Of q ids a position each place is counted by itself, and the mean returned.

@@ -52,7 +52,7 @@ class VQConfig:
 
     kind: Literal["vq"] = "vq"
     """Others are "gumbel", "ibq", "lfq", "bsq", "fsq", "ema" and "simvq", each with options of its
-    own, and "residual" and "product" over one of these, `inner`."""
+    own, "residual" and "product" over one of these, `inner`, and "multiscale"."""
     codebook_size: int = 1024
     """Codes in the table."""
     dim: int = 256
