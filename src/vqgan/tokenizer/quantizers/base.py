@@ -167,11 +167,3 @@ def check_used_codes(used_codes: int, codebook_size: int) -> None:
         raise InputError(
             f"quantizer.used_codes {used_codes}: must be from 0 (all) to the {codebook_size} codes"
         )
-
-
-def check_bits(config: Any) -> None:
-    """Raises InputError where a quantizer of signs has no channels, or more than ids hold well."""
-    if not 1 <= config.dim <= 24:
-        raise InputError(
-            f"quantizer.dim {config.dim}: {config.kind} has from 1 to 24 bits, one a channel"
-        )
