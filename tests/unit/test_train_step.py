@@ -20,7 +20,7 @@ from vqgan.data.pipeline import DataConfig
 from vqgan.pictures import to_float
 from vqgan.tokenizer.autoencoder import AutoencoderConfig
 from vqgan.tokenizer.model import TokenizerConfig
-from vqgan.tokenizer.quantizers import VQConfig
+from vqgan.tokenizer.quantizers import FSQConfig, VQConfig
 from vqgan.train.config import LossConfig, OptimConfig, RunConfig, TokenizerTraining
 from vqgan.train.optim import optimizer, schedule
 from vqgan.train.tokenizer import setup, step
@@ -287,6 +287,22 @@ def test_schedule_counts_updates_not_batches():
     config = OptimConfig(lr=1.0, schedule="cosine", accumulate=4)
     np.testing.assert_allclose(schedule(config, 40)(10), 0.0, atol=1e-7)
     assert schedule(config, 40)(5) > 0.4
+
+
+def test_a_first_batch_whose_codes_are_all_zero_has_gradients():
+    """FSQ of few levels rounds what is small to 0, and an untrained encoder's latents can be."""
+    model = dataclasses.replace(CONFIG.model, quantizer=FSQConfig(levels=(4, 3, 3)))
+    stage, init = setup(dataclasses.replace(with_loss(disc_start=-1), model=model))
+    jitted, state = jax.jit(functools.partial(step, stage, lpips=None)), init()
+    small = jax.tree.map(lambda x: x * 0.01, state.params["quant_conv"])
+    state.params["quant_conv"] = small
+    tokenizer = nnx.merge(stage.tokenizer, state.params, state.codebook_stats)
+    assert not tokenizer(to_float(batch()["image"])).z_q.any()
+    for _ in range(2):
+        state, metrics = jitted(state, batch(), key=KEY)
+        assert all(np.isfinite(value) for value in metrics.values())
+        assert metrics["grad_norm"] < 100
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
 
 
 # Other discriminators.
