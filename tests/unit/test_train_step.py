@@ -213,6 +213,20 @@ def test_averaged_weights(started):
             np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7)
 
 
+def test_every_step_notes_the_codes_that_it_used(started):
+    states, metrics, _ = started
+    graphdef, images = setup(CONFIG)[0].tokenizer, to_float(batch()["image"])
+    last, counts = np.full(16, -1), np.zeros(16)
+    for number, state in enumerate(states[:-1]):
+        tokenizer = nnx.merge(graphdef, state.params, state.codebook_stats)
+        ids = np.asarray(tokenizer.encode(images)).ravel()
+        last[ids] = number
+        counts = counts * (1 - 1 / CONFIG.usage_window) + np.bincount(ids, minlength=16)
+        np.testing.assert_array_equal(states[number + 1].codes.last_used, last[None])
+        np.testing.assert_allclose(states[number + 1].codes.counts, counts[None], rtol=1e-6)
+        assert metrics[number]["dead_codes"] == (last < 0).sum()
+
+
 def test_codes_that_maintenance_moves_move_in_the_average_too():
     quantizer = dataclasses.replace(CONFIG.model.quantizer, init_from_data=True)
     model = dataclasses.replace(CONFIG.model, quantizer=quantizer)

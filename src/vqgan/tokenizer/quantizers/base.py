@@ -1,7 +1,6 @@
 """What every quantizer is: one call, one return type, and an exact inverse of its ids."""
 
 import abc
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +39,8 @@ class Quantizer(nnx.Module):
     codebook_size: int
     """Number of different ids, at each of the q places where there are several; fewer than the
     config's `codebook_size` where some are left out."""
+    places: int = 1
+    """Ids a position."""
 
     @abc.abstractmethod
     def __call__(
@@ -70,15 +71,18 @@ class Quantizer(nnx.Module):
         Does nothing where a quantizer has no codes to look after.
         """
 
+    def occurrences(self, ids: Int[Array, "b h w *q"]) -> Float[Array, "q k"]:
+        """How often each id occurs at each of the `places`."""
+        rows = ids.reshape(-1, self.places)
+        at = jnp.arange(self.places)[None]
+        return jnp.zeros((self.places, self.codebook_size), jnp.float32).at[at, rows].add(1.0)
+
     def statistics(self, ids: Int[Array, "b h w *q"]) -> dict[str, Float[Array, ""]]:
-        """Scalars to log about ids: the fraction of all ids that occur, and their perplexity.
+        """Scalars about ids: the fraction of all ids that occur, and their perplexity.
 
         Of q ids a position each place is counted by itself, and the mean returned.
         """
-        rows = ids.reshape(-1, math.prod(ids.shape[3:]))
-        places = jnp.arange(rows.shape[1])[None]
-        counts = jnp.zeros((rows.shape[1], self.codebook_size), jnp.float32)
-        counts = counts.at[places, rows].add(1.0)
+        counts = self.occurrences(ids)
         p = counts / jnp.sum(counts, axis=1, keepdims=True)
         entropy = -jnp.sum(p * jnp.log(jnp.maximum(p, 1e-30)), axis=1)
         return {"usage": jnp.mean(counts > 0), "perplexity": jnp.mean(jnp.exp(entropy))}
