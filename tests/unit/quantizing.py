@@ -98,3 +98,17 @@ def assert_same(a, b):
 
 def unit(x):
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def rotation_by_matrices(z, code):
+    """The d x d matrix that the rotation trick multiplies its latent by."""
+    a, b = unit(z), unit(code)
+    r = unit(a + b)
+    turn = np.eye(len(z)) - 2 * np.outer(r, r) + 2 * np.outer(b, a)
+    np.testing.assert_allclose(turn @ turn.T, np.eye(len(z)), atol=1e-9)
+    return turn * np.linalg.norm(code) / np.linalg.norm(z)
+
+
+def gumbel_logits(quantizer, z):
+    kernel = np.asarray(quantizer.proj.kernel[...], np.float64)[0, 0]
+    return np.asarray(z, np.float64) @ kernel + np.asarray(quantizer.proj.bias[...], np.float64)

@@ -15,6 +15,7 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from quantizing import (
     BSQ,
     EMA,
@@ -33,15 +34,20 @@ from quantizing import (
     assert_same,
     everything,
     gradients,
+    gumbel_logits,
     latents,
     make,
     quick_key,
+    rotation_by_matrices,
     run,
+    unit,
 )
-from scipy.special import xlogy
+from scipy.special import softmax, xlogy
 
 from vqgan.cli import main
 from vqgan.errors import InputError
+from vqgan.eval.runner import evaluate_tokenizer
+from vqgan.pictures import to_float
 from vqgan.serialization import flat_weights, from_json, to_json, with_weights
 from vqgan.tokenizer.autoencoder import AutoencoderConfig
 from vqgan.tokenizer.model import Tokenizer, TokenizerConfig
@@ -82,18 +88,6 @@ CONFIGS = {
     "product-shared": ProductConfig(inner=dataclasses.replace(SMALL, dim=1), groups=3, shared=True),
     "fsq-symmetric": dataclasses.replace(FSQ, symmetric=True),
 }
-# z_q has the identity as its gradient; every code is the one that its own value is quantised to.
-STRAIGHT = (
-    "vq",
-    "vq-one-code",
-    "vq-used",
-    "lfq",
-    "ema",
-    "simvq",
-    "residual",
-    "residual-shared",
-    "product-shared",
-)
 PLACES = {
     "residual": (3,),
     "residual-shared": (2,),
@@ -101,7 +95,18 @@ PLACES = {
     "product": (3,),
     "product-shared": (3,),
 }
-STABLE = (*(name for name in STRAIGHT if name not in PLACES), "vq-normalize", "vq-rotation", "bsq")
+# Every code is the one that its own value is quantised to.
+STABLE = (
+    "vq",
+    "vq-one-code",
+    "vq-used",
+    "vq-normalize",
+    "vq-rotation",
+    "lfq",
+    "bsq",
+    "ema",
+    "simvq",
+)
 LOSSLESS = ("fsq", "fsq-symmetric", "product")
 
 
@@ -129,14 +134,97 @@ def test_each_code_is_quantised_to_itself(name):
     np.testing.assert_array_equal(out.ids, every)
 
 
-@pytest.mark.parametrize("name", STRAIGHT)
-def test_gradient_goes_straight_through(name):
-    weights = latents(2)
-    to_z, to_params = gradients(
-        make(CONFIGS[name]), latents(), lambda out: (out.z_q * weights).sum()
-    )
-    np.testing.assert_array_equal(to_z, weights)
-    assert not any(gradient.any() for gradient in to_params.values())
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_id_has_a_code_of_its_own(name):
+    quantizer = make(CONFIGS[name])
+    (places,), k = PLACES.get(name, (1,)), quantizer.codebook_size
+    for place in range(places):
+        ids = np.zeros((1, 1, k, places), np.int32)
+        ids[..., place] = np.arange(k)
+        codes = quantizer.codes(jnp.array(ids if name in PLACES else ids[..., 0]))
+        assert len(np.unique(np.asarray(codes)[0, 0], axis=0)) == k
+
+
+# Gradients of `(z_q * weights).sum()` with respect to the latents, as each quantizer documents its
+# own, in evaluation. All others go straight through, to the latents alone.
+
+
+def to_directions(quantizer, z, weights):
+    u, length = unit(z), np.linalg.norm(z, axis=-1, keepdims=True)
+    return (weights - u * (u * weights).sum(-1, keepdims=True)) / length
+
+
+def turned(quantizer, z, weights):
+    codes = np.asarray(run(quantizer, jnp.array(z, jnp.float32)).z_q, np.float64)
+    found = []
+    for at in np.ndindex(z.shape[:-1]):
+        matrix = rotation_by_matrices(z[at], codes[at])
+        np.testing.assert_allclose(matrix @ z[at], codes[at], rtol=1e-6, atol=1e-9)
+        found.append(matrix.T @ weights[at])
+    return np.reshape(found, z.shape)
+
+
+def through_probabilities(quantizer, z, weights):
+    """By the Jacobian of `softmax(logits) @ codes`, with logits that are linear in z."""
+    if hasattr(quantizer, "proj"):
+        used = slice(None) if quantizer.used is None else np.asarray(quantizer.used[...])
+        logits = gumbel_logits(quantizer, z)[..., used]
+        slope = np.asarray(quantizer.proj.kernel[...], np.float64)[0, 0].T[used]
+        temperature = quantizer.config.temperature_end
+    else:
+        used, slope = slice(None), np.asarray(quantizer.codebook[...], np.float64)
+        logits, temperature = z @ slope.T, 1.0
+    p, to_p = softmax(logits / temperature, axis=-1), weights @ quantizer.codebook[...][used].T
+    return p * (to_p - (p * to_p).sum(-1, keepdims=True)) @ slope / temperature
+
+
+def through_residuals(quantizer, z, weights):
+    """Each stage's, of what the stages before, with gradients of their own, leave over."""
+    rests = [z]
+    for stage in quantizer.stages:
+        rests.append(rests[-1] - run(stage, jnp.array(rests[-1], jnp.float32)).z_q)
+    to_rest = np.zeros_like(z)
+    for stage, rest in reversed(list(zip(quantizer.stages, rests, strict=False))):
+        to_rest = to_rest + through_probabilities(stage, rest, weights - to_rest)
+    return to_rest
+
+
+def through_bounds(quantizer, z, weights):
+    config = getattr(quantizer.config, "inner", quantizer.config)
+    levels = np.resize(config.levels, z.shape[-1])
+    if config.symmetric:
+        return weights / np.cosh(z) ** 2
+    half, offset = (levels - 1) * (1 - 1e-3) / 2, np.where(levels % 2 == 1, 0.0, 0.5)
+    return weights * half / np.cosh(z + np.tan(offset / half)) ** 2 / (levels // 2)
+
+
+REPLACED = {
+    "vq-normalize": to_directions,
+    "bsq": to_directions,
+    "vq-rotation": turned,
+    "gumbel": through_probabilities,
+    "gumbel-soft": through_probabilities,
+    "gumbel-used": through_probabilities,
+    "ibq": through_probabilities,
+    "residual-ibq": through_residuals,
+    "fsq": through_bounds,
+    "fsq-symmetric": through_bounds,
+    "product": through_bounds,
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_gradient_goes_straight_through_or_as_documented(name):
+    quantizer, z, weights = make(CONFIGS[name]), latents(), latents(2)
+    to_z, to_params = gradients(quantizer, z, lambda out: (out.z_q * weights).sum())
+    if REPLACED.get(name) not in (through_probabilities, through_residuals):
+        assert not any(gradient.any() for gradient in to_params.values())
+    if name not in REPLACED:
+        np.testing.assert_array_equal(to_z, weights)
+        return
+    expected = REPLACED[name](quantizer, np.asarray(z, np.float64), np.asarray(weights, np.float64))
+    assert np.abs(expected - weights).max() > 0.1  # which is another question
+    np.testing.assert_allclose(to_z, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -190,12 +278,15 @@ def test_bfloat16_latents_count_as_the_float32_they_equal(quantizer):
 def test_statistics_equal_a_count(data, name):
     quantizer = make(CONFIGS[name])
     k = quantizer.codebook_size
-    ids = data.draw(st.lists(st.integers(0, k - 1), min_size=24, max_size=24))
-    counts = np.bincount(ids, minlength=k)
-    p = counts[counts > 0] / counts.sum()
-    found = quantizer.statistics(jnp.array(ids, jnp.int32).reshape(1, 1, -1))
+    places = PLACES.get(name, ())
+    ids = data.draw(hnp.arrays(np.int32, (1, 2, 12, *places), elements=st.integers(0, k - 1)))
+    rows = ids.reshape(24, -1).T
+    counts = np.array([np.bincount(row, minlength=k) for row in rows])
+    np.testing.assert_array_equal(quantizer.occurrences(jnp.array(ids)), counts)
+    found = quantizer.statistics(jnp.array(ids))
     np.testing.assert_allclose(found["usage"], (counts > 0).mean(), rtol=1e-6)
-    np.testing.assert_allclose(found["perplexity"], np.exp(-(p * np.log(p)).sum()), rtol=1e-5)
+    expected = np.exp(-xlogy(counts / 24, counts / 24).sum(1)).mean()
+    np.testing.assert_allclose(found["perplexity"], expected, rtol=1e-5)
 
 
 def test_maintenance_is_a_function_of_its_key(quantizer):
@@ -342,7 +433,20 @@ def test_chunks_change_nothing_but_rounding(name, scale):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
 
 
+# Memory.
+
+
 LARGE = {"codebook_size": 2**18, "dim": 256}
+LARGEST = {
+    "vq": VQConfig(**LARGE),
+    "gumbel": GumbelConfig(**LARGE),
+    "ibq": IBQConfig(**LARGE),
+    "ema": EMAConfig(**LARGE),
+    "simvq": SimVQConfig(**LARGE),
+    "lfq": LFQConfig(dim=18),
+    "bsq": BSQConfig(dim=18),
+    "fsq": FSQConfig(levels=(8,) * 6),
+}
 
 
 def forward_and_backward(config):
@@ -356,53 +460,55 @@ def forward_and_backward(config):
     return jax.jit(jax.value_and_grad(objective, argnums=(0, 1))), params, rest
 
 
-@pytest.mark.parametrize("kind", [VQConfig, IBQConfig, GumbelConfig])
-def test_2_to_the_18_codes_of_256_channels_fit_into_2_gb(kind):
-    step, params, rest = forward_and_backward(kind(**LARGE))
-    z = jax.ShapeDtypeStruct((8, 16, 16, 256), jnp.float32)
+@pytest.mark.parametrize("name", LARGEST)
+def test_2_to_the_18_codes_fit_into_2_gb_forwards_and_backwards(name):
+    config = LARGEST[name]
+    assert config.codebook_size == 2**18
+    step, params, rest = forward_and_backward(config)
+    z = jax.ShapeDtypeStruct((8, 16, 16, config.dim), jnp.float32)
     used = step.lower(z, params, rest).compile().memory_analysis()
     parts = used.argument_size_in_bytes, used.output_size_in_bytes, used.temp_size_in_bytes
-    assert (
-        2 * params["codebook"].size * 4 < sum(parts) < 2e9
-    )  # the table and its gradient, at least
+    if "codebook_size" not in vars(config):
+        assert 0 < sum(parts) < 2e9 / 50
+        return
+    # A table, the parameters and their gradients, at least.
+    learned = 2 * sum(4 * leaf.size for leaf in jax.tree.leaves(params))
+    assert max(4 * 2**18 * 256, learned) < sum(parts) < 2e9
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["VQConfig", "IBQConfig"])
-def test_2_to_the_18_codes_really_fit_into_2_gb(kind):
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", ["vq", "ibq", "gumbel", "ema", "simvq"])
+def test_2_to_the_18_codes_really_fit_into_2_gb(name):
+    config = LARGEST[name]
     program = f"""
 import jax, jax.numpy as jnp
 from flax import nnx
-from vqgan.tokenizer.quantizers import {kind}, make_quantizer
-quantizer = make_quantizer({kind}(**{LARGE}), rngs=nnx.Rngs(0))
+from vqgan.tokenizer.quantizers import {type(config).__name__}, make_quantizer
+config = {config!r}
+quantizer = make_quantizer(config, rngs=nnx.Rngs(0))
 graphdef, params, rest = nnx.split(quantizer, nnx.Param, ...)
 def objective(z, params):
     out = nnx.merge(graphdef, params, rest)(z)
     return out.z_q.sum() + sum(out.losses.values()), out.ids
-z = jax.random.normal(jax.random.key(0), (8, 16, 16, 256))
+z = jax.random.normal(jax.random.key(0), (8, 16, 16, config.dim))
 grads, ids = jax.jit(jax.grad(objective, argnums=(0, 1), has_aux=True))(z, params)
 assert all(jnp.isfinite(x).all() and x.any() for x in jax.tree.leaves(grads))
 assert ids.max() > 2**17
 print(next(line for line in open("/proc/self/status") if "VmHWM" in line).split()[1])
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=580
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=1700
     )
-    assert 0.5e9 < 1024 * int(done.stdout) < 2e9
+    peak = 1024 * int(done.stdout)
+    print(f"{name}: {peak / 1e9:.2f} GB")
+    assert peak < 2e9
 
 
-def test_statistics_of_several_ids_are_the_mean_over_their_places():
-    quantizer = make(PRODUCT)
-    ids = np.random.default_rng(0).integers(0, 5, (2, 3, 4, 3)) // np.array([1, 2, 5])
-    found = quantizer.statistics(jnp.array(ids, jnp.int32))
-    counts = [np.bincount(ids[..., i].ravel(), minlength=5) / 24 for i in range(3)]
-    np.testing.assert_allclose(found["usage"], np.mean([p > 0 for p in counts]), rtol=1e-6)
-    expected = np.mean([np.exp(-xlogy(p, p).sum()) for p in counts])
-    np.testing.assert_allclose(found["perplexity"], expected, rtol=1e-5)
+# Several ids a position.
 
 
-@pytest.mark.parametrize("name", ["residual", "product"])
-def test_tokenizer_of_several_ids_a_position_decodes_what_it_encodes(name):
+def small_tokenizer(name):
     autoencoder = AutoencoderConfig(
         base_channels=8,
         norm_groups=4,
@@ -412,7 +518,24 @@ def test_tokenizer_of_several_ids_a_position_decodes_what_it_encodes(name):
         z_channels=8,
     )
     config = TokenizerConfig(autoencoder=autoencoder, quantizer=CONFIGS[name])
-    tokenizer = Tokenizer(config, rngs=nnx.Rngs(0))
+    return Tokenizer(config, rngs=nnx.Rngs(0))
+
+
+def test_evaluation_too_takes_the_mean_over_the_places():
+    tokenizer = small_tokenizer("product")
+    images = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8)
+    valid = np.array([True, True, True, False])
+    parts = [{"image": x, "valid": v} for x, v in zip(images[:, None], valid[:, None], strict=True)]
+    found = evaluate_tokenizer(tokenizer, parts, None)
+    ids = tokenizer.encode(to_float(jnp.array(images[valid])))
+    for key, value in tokenizer.quantizer.statistics(ids).items():
+        np.testing.assert_allclose(found[key], value, rtol=1e-5, err_msg=key)
+    assert 1 / 5 < found["usage"] < 1  # of five codes, and not of fifteen
+
+
+@pytest.mark.parametrize("name", ["residual", "product"])
+def test_tokenizer_of_several_ids_a_position_decodes_what_it_encodes(name):
+    tokenizer = small_tokenizer(name)
     images = jnp.tanh(latents(shape=(2, 16, 16, 3)))
     ids, out = tokenizer.encode(images), tokenizer(images)
     assert ids.shape == (*out.z.shape[:3], *PLACES[name])
@@ -420,22 +543,26 @@ def test_tokenizer_of_several_ids_a_position_decodes_what_it_encodes(name):
     np.testing.assert_allclose(tokenizer.decode(ids), out.reconstruction, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["ema", "ibq"])
+@pytest.mark.multidevice  # a minute and a half, most of it compiling
+@pytest.mark.parametrize("name", CONFIGS)
 def test_eight_devices_do_what_one_does(name):
-    quantizer, z = make(CONFIGS[name]), latents(shape=(8, 2, 2, 3))
-    mesh = make_mesh()
-    spread = jax.device_put(z, jax.NamedSharding(mesh, jax.P("data")))
-    graphdef, state = nnx.split(quantizer)
+    z, weights = latents(shape=(8, 2, 2, 3)), latents(2, (8, 2, 2, 3))
+    spread = jax.device_put(z, jax.NamedSharding(make_mesh(), jax.P("data")))
+    graphdef, params, rest = nnx.split(make(CONFIGS[name]), nnx.Param, ...)
 
     @jax.jit
-    def update(state, z):
-        quantizer = nnx.merge(graphdef, state, copy=True)
-        out = quantizer(z)
-        quantizer.maintain(z, out.ids, jax.random.key(0))
-        return nnx.state(quantizer), out.losses
+    def update(z, params, rest):
+        def objective(z, params):
+            out = nnx.merge(graphdef, params, rest)(z, key=quick_key(1), step=jnp.int32(5))
+            return (out.z_q * weights).sum() + sum(out.losses.values()), out
 
-    (state_1, losses_1), (state_8, losses_8) = update(state, z), update(state, spread)
-    for one, eight in zip(
-        jax.tree.leaves((state_1, losses_1)), jax.tree.leaves((state_8, losses_8)), strict=True
-    ):
-        np.testing.assert_allclose(one, eight, rtol=1e-5, atol=1e-6)
+        grads, out = jax.grad(objective, argnums=(0, 1), has_aux=True)(z, params)
+        quantizer = nnx.merge(graphdef, params, rest, copy=True)
+        quantizer.maintain(z, out.ids, jax.random.key(0))
+        return grads, vars(out), nnx.state(quantizer), quantizer.statistics(out.ids)
+
+    one, eight = update(z, params, rest), update(spread, params, rest)
+    assert len(eight[1]["z_q"].sharding.device_set) == 8
+    np.testing.assert_array_equal(one[1]["ids"], eight[1]["ids"])
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
