@@ -1,5 +1,6 @@
 """Layers and initialisers that both stages share."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,17 @@ from jaxtyping import Array, Float, Key
 # PyTorch's default for convolutions and linear layers, U(-1/sqrt(fan_in), 1/sqrt(fan_in)), from
 # which the published models of the field were trained.
 torch_init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+zeros = nnx.initializers.zeros_init()
+
+
+def torch_bias(fan_in: int) -> nnx.Initializer:
+    """PyTorch's default for biases, U(-1/sqrt(fan_in), 1/sqrt(fan_in)); ours is 0."""
+    bound = 1 / math.sqrt(fan_in)
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
 
 
 def conv_general_dilated(
@@ -56,6 +68,7 @@ def conv(
     bias: bool = True,
     dtype: str = "float32",
     kernel_init=torch_init,
+    bias_init=zeros,
     rngs: nnx.Rngs,
 ) -> nnx.Conv:
     """A square NHWC convolution with float32 parameters that computes in `dtype`."""
@@ -68,6 +81,7 @@ def conv(
         use_bias=bias,
         dtype=jnp.dtype(dtype),
         kernel_init=kernel_init,
+        bias_init=bias_init,
         conv_general_dilated=conv_general_dilated,
         rngs=rngs,
     )

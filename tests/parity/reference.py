@@ -36,6 +36,13 @@ def import_torch() -> Any:
 
 
 @cache
+def import_vector_quantize() -> Any:
+    """`vector_quantize_pytorch`."""
+    import_torch()
+    return _import("vector_quantize_pytorch")
+
+
+@cache
 def import_torchvision() -> Any:
     """`torchvision` beside a torch that its compiled operators do not fit.
 

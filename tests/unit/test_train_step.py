@@ -20,7 +20,7 @@ from vqgan.data.pipeline import DataConfig
 from vqgan.pictures import to_float
 from vqgan.tokenizer.autoencoder import AutoencoderConfig
 from vqgan.tokenizer.model import TokenizerConfig
-from vqgan.tokenizer.quantizers import VQConfig
+from vqgan.tokenizer.quantizers import FSQConfig, VQConfig
 from vqgan.train.config import LossConfig, OptimConfig, RunConfig, TokenizerTraining
 from vqgan.train.optim import optimizer, schedule
 from vqgan.train.reconstruction import Perceptual
@@ -214,6 +214,20 @@ def test_averaged_weights(started):
             np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7)
 
 
+def test_every_step_notes_the_codes_that_it_used(started):
+    states, metrics, _ = started
+    graphdef, images = setup(CONFIG)[0].tokenizer, to_float(batch()["image"])
+    last, counts = np.full(16, -1), np.zeros(16)
+    for number, state in enumerate(states[:-1]):
+        tokenizer = nnx.merge(graphdef, state.params, state.codebook_stats)
+        ids = np.asarray(tokenizer.encode(images)).ravel()
+        last[ids] = number
+        counts = counts * (1 - 1 / CONFIG.usage_window) + np.bincount(ids, minlength=16)
+        np.testing.assert_array_equal(states[number + 1].codes.last_used, last[None])
+        np.testing.assert_allclose(states[number + 1].codes.counts, counts[None], rtol=1e-6)
+        assert metrics[number]["dead_codes"] == (last < 0).sum()
+
+
 def test_codes_that_maintenance_moves_move_in_the_average_too():
     quantizer = dataclasses.replace(CONFIG.model.quantizer, init_from_data=True)
     model = dataclasses.replace(CONFIG.model, quantizer=quantizer)
@@ -290,6 +304,22 @@ def test_schedule_counts_updates_not_batches():
     config = OptimConfig(lr=1.0, schedule="cosine", accumulate=4)
     np.testing.assert_allclose(schedule(config, 40)(10), 0.0, atol=1e-7)
     assert schedule(config, 40)(5) > 0.4
+
+
+def test_a_first_batch_whose_codes_are_all_zero_has_gradients():
+    """FSQ of few levels rounds what is small to 0, and an untrained encoder's latents can be."""
+    model = dataclasses.replace(CONFIG.model, quantizer=FSQConfig(levels=(4, 3, 3)))
+    stage, init = setup(dataclasses.replace(with_loss(disc_start=-1), model=model))
+    jitted, state = jax.jit(functools.partial(step, stage, lpips=None)), init()
+    small = jax.tree.map(lambda x: x * 0.01, state.params["quant_conv"])
+    state.params["quant_conv"] = small
+    tokenizer = nnx.merge(stage.tokenizer, state.params, state.codebook_stats)
+    assert not tokenizer(to_float(batch()["image"])).z_q.any()
+    for _ in range(2):
+        state, metrics = jitted(state, batch(), key=KEY)
+        assert all(np.isfinite(value) for value in metrics.values())
+        assert metrics["grad_norm"] < 100
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
 
 
 # Other discriminators.

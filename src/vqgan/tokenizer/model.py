@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from vqgan.errors import InputError
-from vqgan.nn import conv, fold
+from vqgan.nn import conv, fold, torch_bias
 from vqgan.serialization import Pretrained
 from vqgan.tokenizer.autoencoder import AutoencoderConfig, Decoder, Encoder
 from vqgan.tokenizer.quantizers import QuantizerConfig, VQConfig, make_quantizer
@@ -81,7 +81,12 @@ class Tokenizer(Pretrained):
         self.encoder = Encoder(config.autoencoder, rngs=rngs)
         self.quant_conv = conv(z, d, 1, dtype=dtype, rngs=rngs) if project else None
         self.quantizer = make_quantizer(config.quantizer, rngs=rngs)
-        self.post_quant_conv = conv(d, z, 1, dtype=dtype, rngs=rngs) if project else None
+        # Not 0: a quantizer of few codes can make every z_q of an untrained encoder 0 (FSQ does),
+        # and of a map of zeros the decoder's norms make gradients without bound.
+        bias = torch_bias(d)
+        self.post_quant_conv = (
+            conv(d, z, 1, bias_init=bias, dtype=dtype, rngs=rngs) if project else None
+        )
         self.decoder = Decoder(config.autoencoder, rngs=rngs)
 
     @property

@@ -14,6 +14,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from vqgan.errors import InputError
+
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every file it touches
 
 
@@ -51,12 +53,22 @@ class Checkpoints:
         self._manager.save(step, args=items)
 
     def restore(self, step: int, like: Any) -> Any:
-        """The state of a step, with the shapes and shardings of `like`."""
+        """The state of a step, with the shapes and shardings of `like`.
+
+        Raises:
+          InputError: the state that was saved has other parts.
+        """
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
         )
         items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        return self._manager.restore(step, args=items).state
+        try:
+            return self._manager.restore(step, args=items).state
+        except ValueError as error:  # over many lines, of every array in question
+            raise InputError(
+                f"{self._directory / str(step)}: a checkpoint of another version of jax-vqgan; go "
+                "on with that one, or choose another --out"
+            ) from error
 
     def meta(self, step: int) -> dict[str, Any]:
         """The JSON that was saved with a step."""

@@ -115,6 +115,8 @@ class TokenizerTraining:
     disc_optim: OptimConfig = field(default_factory=OptimConfig)
     ema_decay: float = 0.999
     """Of the weights that `model/` holds; 0 takes the last ones."""
+    usage_window: int = 100
+    """Batches over which the use of the codes is logged."""
     data: DataConfig = field(default_factory=DataConfig)
     run: RunConfig = field(default_factory=RunConfig)
 

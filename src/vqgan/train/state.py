@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from vqgan.train.code_use import CodeUse
 from vqgan.train.guard import Guard
 from vqgan.train.sharding import replicated, shardings
 
@@ -25,6 +26,7 @@ class TokenizerState:
     """Updates so far, an int32 scalar; its shape or its sharding in trees of those."""
     params: nnx.State
     codebook_stats: nnx.State
+    codes: CodeUse
     optim: Any
     ema: nnx.State
     """Exponential moving average of `params`."""

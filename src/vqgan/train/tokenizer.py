@@ -51,6 +51,7 @@ from vqgan.train.adversarial import (
     feature_extractor,
     play_once_begun,
 )
+from vqgan.train.code_use import code_metrics, new_code_use, seen
 from vqgan.train.config import TokenizerTraining
 from vqgan.train.guard import Watch, guard_metrics, new_guard, observe
 from vqgan.train.optim import optimizer
@@ -95,6 +96,7 @@ def setup(
             step=jnp.zeros((), jnp.int32),
             params=params,
             codebook_stats=codebook_stats,
+            codes=new_code_use(tokenizer.quantizer),
             optim=optim.init(params),
             ema=copy(params),
             disc_params=disc_params,
@@ -142,10 +144,10 @@ def step(
         z = tokenizer.latents(images, key)
         q = tokenizer.quantizer(z, key=jax.random.fold_in(key, 3), step=state.step)
         features = tokenizer.decoder_features(q.z_q, key)
-        return (features, sum(q.losses.values())), (z, q, tokenizer.quantizer.statistics(q.ids))
+        return (features, sum(q.losses.values())), (z, q, tokenizer.quantizer.occurrences(q.ids))
 
     (features, codebook_loss), pull, aux = jax.vjp(forward, state.params, has_aux=True)
-    z, q, statistics = aux
+    z, q, counts = aux
     last = state.params["decoder"]["conv_out"]
     reconstruction, pull_last = jax.vjp(functools.partial(_apply_last, stage), last, features)
 
@@ -171,8 +173,10 @@ def step(
     updates, optim = stage.optim.update(grads, state.optim, state.params)
     updated = optax.apply_updates(state.params, updates)
     params, codebook_stats = _maintain_codebook(stage, state, updated, z, q.ids, key)
+    codes = seen(state.codes, counts, state.step, stage.config.usage_window)
 
-    metrics = terms | q.losses | game.metrics | statistics
+    metrics = terms | q.losses | game.metrics
+    metrics |= code_metrics(codes, state.step, stage.config.usage_window)
     metrics["loss"] = nll + loss.codebook_weight * codebook_loss + game.loss
     metrics["grad_norm"] = optax.tree.norm(grads)
     guard = state.guard
@@ -184,6 +188,7 @@ def step(
         step=state.step + 1,
         params=params,
         codebook_stats=codebook_stats,
+        codes=codes,
         optim=optim,
         ema=_average(state.ema, updated, params, stage.config.ema_decay),
         disc_params=game.disc_params,
@@ -369,6 +374,8 @@ def _check(config: TokenizerTraining, source: ImageSource) -> None:
         raise InputError(
             f"loss.disc_start_fraction {config.loss.disc_start_fraction} is not in [0, 1)"
         )
+    if config.usage_window < 1:
+        raise InputError(f"usage_window {config.usage_window} is not 1 or more")
     if config.loss.r1_every < 1:
         raise InputError(f"loss.r1_every {config.loss.r1_every} is not 1 or more")
     if judge.kind == "stylegan2" and judge.resolution != config.data.image_size:

@@ -1,7 +1,6 @@
 """What every quantizer is: one call, one return type, and an exact inverse of its ids."""
 
 import abc
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +42,8 @@ class Quantizer(nnx.Module):
     codebook_size: int
     """Number of different ids, at each of the q places where there are several; fewer than the
     config's `codebook_size` where some are left out."""
+    places: int = 1
+    """Ids a position."""
 
     @abc.abstractmethod
     def __call__(
@@ -71,15 +72,18 @@ class Quantizer(nnx.Module):
         Does nothing where a quantizer has no codes to look after.
         """
 
+    def occurrences(self, ids: Ids) -> Float[Array, "q k"]:
+        """How often each id occurs at each of the `places`."""
+        rows = ids.reshape(-1, self.places)
+        at = jnp.arange(self.places)[None]
+        return jnp.zeros((self.places, self.codebook_size), jnp.float32).at[at, rows].add(1.0)
+
     def statistics(self, ids: Ids) -> dict[str, Float[Array, ""]]:
-        """Scalars to log about ids: the fraction of all ids that occur, and their perplexity.
+        """Scalars about ids: the fraction of all ids that occur, and their perplexity.
 
         Of q ids a position each place is counted by itself, and the mean returned.
         """
-        rows = ids.reshape(-1, math.prod(ids.shape[3:]))
-        places = jnp.arange(rows.shape[1])[None]
-        counts = jnp.zeros((rows.shape[1], self.codebook_size), jnp.float32)
-        counts = counts.at[places, rows].add(1.0)
+        counts = self.occurrences(ids)
         p = counts / jnp.sum(counts, axis=1, keepdims=True)
         entropy = -jnp.sum(p * jnp.log(jnp.maximum(p, 1e-30)), axis=1)
         return {"usage": jnp.mean(counts > 0), "perplexity": jnp.mean(jnp.exp(entropy))}
@@ -167,12 +171,4 @@ def check_used_codes(used_codes: int, codebook_size: int) -> None:
     if not 0 <= used_codes <= codebook_size:
         raise InputError(
             f"quantizer.used_codes {used_codes}: must be from 0 (all) to the {codebook_size} codes"
-        )
-
-
-def check_bits(config: Any) -> None:
-    """Raises InputError where a quantizer of signs has no channels, or more than ids hold well."""
-    if not 1 <= config.dim <= 24:
-        raise InputError(
-            f"quantizer.dim {config.dim}: {config.kind} has from 1 to 24 bits, one a channel"
         )

@@ -11,9 +11,10 @@ keeps all codes in use is that the encoder has to spread its channels. Good wher
 usage count; from some thousand codes on it reconstructs as well as a learned codebook. The paper
 has 8,6,5 for 2**8 codes, 8,5,5,5 for 2**10, 7,5,5,5,5 for 2**12, 8,8,8,6,5 for 2**14 and
 8,8,8,5,5,5 for 2**16. The cost: few channels for the decoder, and none below 5 levels that does
-well, by the paper. Fewer levels have one more risk here: they round the small latents of an
-untrained encoder to 0 all over, and of a map of zeros the decoder's group norms make gradients
-without bound.
+well, by the paper. Fewer levels can round the small latents of an untrained encoder to 0 all over,
+and of a map of zeros the decoder's group norms make gradients without bound: the bias of the
+tokenizer's projection after the quantizer, which does not start at 0, is what prevents that, so
+that such levels should not go without `projections`.
 
 With `symmetric` (Parker et al. 2024, arXiv:2411.19842) the levels of every channel, even ones
 too, lie evenly from -1 to 1: z_q = 2 round((L - 1)(tanh(z) + 1) / 2) / (L - 1) - 1.

@@ -28,38 +28,18 @@ from jaxtyping import Array, Float, Int, Key
 from vqgan.tokenizer.quantizers.base import (
     Quantizer,
     QuantizerOutput,
-    check_bits,
-    check_positive,
     straight_through,
 )
-from vqgan.tokenizer.quantizers.binary import entropy_losses, ids_of, signs
+from vqgan.tokenizer.quantizers.binary import SignConfig, entropy_losses, ids_of, signs
 
 
 @dataclass(frozen=True, kw_only=True)
-class LFQConfig:
+class LFQConfig(SignConfig):
     """Lookup-free quantizer. The defaults are those of Open-MAGVIT2."""
 
     kind: Literal["lfq"] = "lfq"
-    dim: int = 18
-    """Bits of an id, one a channel."""
     commitment_weight: float = 0.25
-    entropy_weight: float = 0.1
-    """0 leaves both entropies out."""
     entropy_temperature: float = 0.01
-    diversity: float = 1.0
-    """Weight of the batch's entropy, which is to be high, against the positions', to be low."""
-    entropy_group_bits: int = 9
-    """At most so many channels in a group of which the batch's entropy is taken."""
-
-    @property
-    def codebook_size(self) -> int:
-        """Number of different ids."""
-        return 2**self.dim
-
-    def check(self) -> None:
-        """Raises InputError where the fields contradict one another."""
-        check_positive(self, "entropy_temperature", "entropy_group_bits")
-        check_bits(self)
 
 
 class LookupFreeQuantizer(Quantizer):
@@ -80,15 +60,9 @@ class LookupFreeQuantizer(Quantizer):
         ids = ids_of(z > 0)
         code = self.codes(ids)
         distance = jnp.mean(jnp.square(jax.lax.stop_gradient(code) - z))
-        entropies = entropy_losses(
-            z,
-            temperature=config.entropy_temperature,
-            weight=config.entropy_weight,
-            diversity=config.diversity,
-            group_bits=config.entropy_group_bits,
-        )
         losses = {"commitment": config.commitment_weight * distance}
-        return QuantizerOutput(z_q=straight_through(z, code), ids=ids, losses=losses | entropies)
+        losses |= entropy_losses(z, config)
+        return QuantizerOutput(z_q=straight_through(z, code), ids=ids, losses=losses)
 
     def codes(self, ids: Int[Array, "b h w"]) -> Float[Array, "b h w d"]:
         return signs(ids, self.config.dim)

@@ -57,6 +57,7 @@ class ProductQuantizer(Quantizer):
 
     def __init__(self, config: ProductConfig, *, rngs: nnx.Rngs):
         self.config = config
+        self.places = config.groups
         count = 1 if config.shared else config.groups
         self.stages = nnx.List(make_stages(config.inner, count, rngs=rngs))
         self.codebook_size = self.stages[0].codebook_size

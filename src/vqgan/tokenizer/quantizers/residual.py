@@ -66,6 +66,7 @@ class ResidualQuantizer(Quantizer):
 
     def __init__(self, config: ResidualConfig, *, rngs: nnx.Rngs):
         self.config = config
+        self.places = config.depth
         count = 1 if config.shared else config.depth
         self.stages = nnx.List(make_stages(config.inner, count, rngs=rngs))
         self.codebook_size = self.stages[0].codebook_size
