@@ -4,7 +4,6 @@ Off the device a picture's type says what it is: uint8 are images, uint16 labels
 in [-1, 1] (vqgan/data/maps.py reads the latter two).
 """
 
-import colorsys
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -70,13 +69,16 @@ _COLOURS = 1024
 
 @functools.cache
 def palette() -> UInt8[np.ndarray, "k 3"]:
-    """Colours of the first classes, always the same: black for class 0, then hues that are a golden
-    angle apart, so that the first ones differ most. No class is white."""
-    colours = [(0.0, 0.0, 0.0)]
-    for k in range(1, _COLOURS):
-        saturation, value = (0.85, 0.55, 1.0)[k % 3], (0.95, 0.7, 0.5, 0.85)[k % 4]
-        colours.append(colorsys.hsv_to_rgb(k * 0.618034 % 1.0, saturation, value))
-    return np.rint(255 * np.array(colours)).astype(np.uint8)
+    """Colours of the first classes, always the same: black for class 0, then each time the colour
+    that is farthest from all before and from white, which no class has."""
+    levels = np.linspace(0, 255, 12).round()
+    lattice = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)
+    chosen = [0]
+    distance = np.minimum(*(np.square(lattice - lattice[end]).sum(1) for end in (0, -1)))
+    while len(chosen) < _COLOURS:
+        chosen.append(int(distance.argmax()))
+        distance = np.minimum(distance, np.square(lattice - lattice[chosen[-1]]).sum(1))
+    return lattice[chosen].astype(np.uint8)
 
 
 def grid(images: np.ndarray, columns: int, *, gap: int = 2, scale: int = 1) -> np.ndarray:
