@@ -56,7 +56,7 @@ def evaluate_tokenizer(
 @jax.jit
 def _reconstruct(
     tokenizer: Tokenizer, images: Real[Array, "b h w c"], lpips: LPIPS | None
-) -> tuple[dict[str, Real[Array, "b *rest"]], Any]:
+) -> tuple[dict[str, Real[Array, "b ..."]], Any]:
     x = to_model(images, tokenizer.config.autoencoder.in_channels)
     out = tokenizer(x)
     if tokenizer.config.content == "labels":
