@@ -300,7 +300,8 @@ def train_tokenizer(
         return evaluate_tokenizer(averaged(state), images, judge)
 
     def picture(state: TokenizerState) -> np.ndarray:
-        images = next(eval_batches(test, data.image_size, 16, limit=16))["image"]
+        batch = next(eval_batches(test, data.image_size, 16, limit=16))
+        images = batch["image"][batch["valid"]]
         return inputs_over_outputs(shown(images), shown(reconstruct(averaged(state), images)))
 
     def export(state: TokenizerState, directory: Path) -> None:
