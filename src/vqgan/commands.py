@@ -4,7 +4,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,30 +12,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vqgan.data.sources import ImageFolder, read_image
-from vqgan.data.transforms import center_crop, resize_smallest_side
+from vqgan.data.maps import reader
+from vqgan.data.sources import ImageFolder
+from vqgan.data.transforms import Picture, center_crop, resize_smallest_side
 from vqgan.errors import InputError
 from vqgan.eval.image import psnr
-from vqgan.pictures import grid, save_png, to_float, to_uint8
+from vqgan.eval.labels import class_counts, mean_iou, pixel_accuracy
+from vqgan.pictures import from_model, grid, save_png, shown, to_model
 from vqgan.pipeline import Pipeline
-from vqgan.tokenizer.model import Tokenizer
+from vqgan.tokenizer.model import Content, Tokenizer
 
 
 def reconstruct(model: str, images: Sequence[Path], out: Path, *, size: int = 0) -> None:
-    """Writes each image beside its reconstruction as PNG and prints its PSNR.
+    """Writes each image beside its reconstruction as PNG and prints its PSNR, or of a label map the
+    share of pixels whose class is found and the mean intersection over union.
 
     Raises:
       InputError: a model or an image that is not there or cannot be read, or is too small.
     """
     tokenizer = _tokenizer(model)
     paths = [path for given in images for path in _files(given)]
-    pictures = [_fitted(path, tokenizer.factor, size) for path in paths]
+    content, channels = tokenizer.config.content, tokenizer.config.autoencoder.in_channels
+    read = reader(content, channels)
+    pictures = [_fitted(path, read, tokenizer.factor, size) for path in paths]
     for path, name, picture in zip(paths, _names(paths), pictures, strict=True):
-        x = to_float(picture[None])
-        y = jnp.clip(tokenizer(x).reconstruction, -1.0, 1.0)
-        pair = np.concatenate([picture[None], to_uint8(y)])
-        save_png(grid(pair, 2), out / f"{name}.png")
-        print(f"{path}: PSNR {float(psnr(x, y)[0]):.2f} dB")
+        x = to_model(picture[None], channels)
+        y = tokenizer(x).reconstruction
+        pair = np.concatenate([picture[None], from_model(y, content)])
+        save_png(grid(shown(pair), 2), out / f"{name}.png")
+        print(f"{path}: {_quality(content, x, y)}")
     print(f"{len(paths)} picture(s) in {out}")
 
 
@@ -55,7 +60,7 @@ def sample(
     condition = jnp.repeat(jnp.asarray(chosen, jnp.int32), n) if chosen else None
     batch = None if chosen else n
     images = pipeline.generate(condition, rng=jax.random.key(seed), batch=batch, **sampling)
-    pictures = to_uint8(images)
+    pictures = shown(from_model(images, pipeline.tokenizer.config.content))
     for i, picture in enumerate(pictures):
         label = f"{_class_name(pipeline, chosen[i // n])}_" if chosen else ""
         save_png(picture, out / f"{label}{i % n:04d}.png")
@@ -109,10 +114,20 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return [stem if stems.count(stem) == 1 else f"{stem}_{i:04d}" for i, stem in enumerate(stems)]
 
 
-def _fitted(path: Path, factor: int, size: int) -> np.ndarray:
+def _quality(content: Content, x: jax.Array, y: jax.Array) -> str:
+    """What one reconstruction is worth, in words."""
+    if content != "labels":
+        return f"PSNR {float(psnr(x, jnp.clip(y, -1.0, 1.0))[0]):.2f} dB"
+    counts = np.asarray(class_counts(x, y))[0]
+    return f"accuracy {pixel_accuracy(counts):.2%}, mean IoU {mean_iou(counts):.3f}"
+
+
+def _fitted(path: Path, read: Callable[[Path], Picture], factor: int, size: int) -> Picture:
     """An image whose sides `factor` divides: cropped, or resized to `size` and cropped."""
     try:
-        image = read_image(path)
+        image = read(path)
+    except InputError:
+        raise
     except Exception as error:  # decoders of damaged files raise nearly anything
         raise InputError(f"{path}: cannot be read as an image ({error})") from None
     if size % factor:

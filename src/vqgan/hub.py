@@ -369,11 +369,17 @@ class _Model:
             "Pixels a token, along each side": net.factor,
             "Resolution": f"{net.resolution} x {net.resolution} pixels; others work too",
             "Channels of an image": net.in_channels,
+            **_CONTENT[self.config.content],
             "Channels of the network, by level": ", ".join(map(str, net.widths())),
             "Channels of the latents": net.z_channels,
         }
 
 
+_CONTENT = {
+    "images": {},
+    "labels": {"Content": "label maps: one-hot maps in, logits of the classes out"},
+    "depth": {"Content": "depth maps"},
+}
 _WHAT = {
     "Tokenizer": "An image tokenizer (VQGAN, arXiv:2012.09841): images to code ids and back.",
     "Prior": "A transformer over the code ids of an image tokenizer (VQGAN, arXiv:2012.09841).",

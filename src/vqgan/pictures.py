@@ -1,14 +1,22 @@
-"""Pictures for people: bytes from the model's range, grids, and the curves of a run."""
+"""Pictures for models and for people: ranges, colours of labels, grids, and a run's curves.
 
+Off the device a picture's type says what it is: uint8 are images, uint16 labels, and float32 depths
+in [-1, 1] (vqgan/data/maps.py reads the latter two).
+"""
+
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Real, UInt8
 from PIL import Image
 
 from vqgan import atomic
+from vqgan.data.maps import VOID
+from vqgan.tokenizer.model import Content
 
 
 def to_float(images: UInt8[Array | np.ndarray, "b h w c"]) -> Float[Array, "b h w c"]:
@@ -20,6 +28,57 @@ def to_uint8(images: np.ndarray | Array) -> np.ndarray:
     """[-1, 1] to bytes, clipped and rounded."""
     scaled = (np.asarray(images, np.float32) + 1.0) * 127.5
     return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+
+
+def to_model(pictures: Real[Array | np.ndarray, "b h w c"], channels: int) -> Array:
+    """What a tokenizer of so many channels takes, float32 `[b, h, w, channels]`.
+
+    Bytes in [-1, 1], depths as they are, and labels one-hot: all zeros where a label is no class.
+    """
+    if pictures.dtype == np.uint16:
+        return jax.nn.one_hot(jnp.asarray(pictures)[..., 0], channels)
+    return to_float(pictures) if pictures.dtype == np.uint8 else jnp.asarray(pictures, jnp.float32)
+
+
+def from_model(outputs: np.ndarray | Array, content: Content) -> np.ndarray:
+    """Pictures out of what a tokenizer of this content gives: the inverse of `to_model`.
+
+    A label is the class of the largest logit.
+    """
+    outputs = np.asarray(outputs)
+    match content:
+        case "labels":
+            return outputs.argmax(-1, keepdims=True).astype(np.uint16)
+        case "depth":
+            return np.clip(outputs, -1.0, 1.0)
+        case "images":
+            return to_uint8(outputs)
+
+
+def shown(pictures: Real[np.ndarray, "b h w c"]) -> UInt8[np.ndarray, "b h w _"]:
+    """Pictures as people see them: labels in the colours of `palette`, and white where there is no
+    class; depths in grey, large values bright."""
+    if pictures.dtype == np.uint16:
+        colours = palette()[pictures[..., 0] % _COLOURS]
+        return np.where(pictures == VOID, np.uint8(255), colours)
+    return pictures if pictures.dtype == np.uint8 else to_uint8(pictures)
+
+
+_COLOURS = 1024
+
+
+@functools.cache
+def palette() -> UInt8[np.ndarray, "k 3"]:
+    """Colours of the first classes, always the same: black for class 0, then each time the colour
+    that is farthest from all before and from white, which no class has."""
+    levels = np.linspace(0, 255, 12).round()
+    lattice = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)
+    chosen = [0]
+    distance = np.minimum(*(np.square(lattice - lattice[end]).sum(1) for end in (0, -1)))
+    while len(chosen) < _COLOURS:
+        chosen.append(int(distance.argmax()))
+        distance = np.minimum(distance, np.square(lattice - lattice[chosen[-1]]).sum(1))
+    return lattice[chosen].astype(np.uint8)
 
 
 def grid(images: np.ndarray, columns: int, *, gap: int = 2, scale: int = 1) -> np.ndarray:

@@ -149,6 +149,7 @@ def test_segmentation(tmp_path):
     model = variant("VQSegmentationModel", **params)
     path = saved(model, tmp_path, params, "taming.models.vqgan.VQSegmentationModel")
     tokenizer = convert.load(path).model
+    assert tokenizer.config.content == "labels"
     for height, width in SIZES:
         labels = np.random.default_rng(0).integers(0, 5, (2, height, width))
         compare(model, tokenizer, np.eye(5, dtype=np.float32)[labels])

@@ -4,7 +4,7 @@ Esser, Rombach, Ommer 2021, "Taming Transformers for High-Resolution Image Synth
 (arXiv:2012.09841), equations 5 to 7. Logits are those of a discriminator that calls real positive.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, assert_never
 
 import jax
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 GanLoss = Literal["hinge", "vanilla", "non_saturating"]
-PixelLoss = Literal["l1", "l2"]
+PixelLoss = Literal["l1", "l2", "bce"]
 
 
 def discriminator_loss(
@@ -94,20 +94,45 @@ def pixel_loss(
     kind: PixelLoss,
     images: Float[Array, "b h w c"],
     reconstructions: Float[Array, "b h w c"],
+    class_weights: Sequence[float] = (),
 ) -> Float[Array, ""]:
-    """Mean absolute (`l1`) or squared (`l2`) difference over images, pixels and channels.
+    """Mean absolute (`l1`) or squared (`l2`) difference over images, pixels and channels, or the
+    cross-entropy (`bce`) of logits to one-hot label maps, see `label_loss`.
 
     With the perceptual distance of weight w the paper's reconstruction term is
     `pixel_loss + w * distance.mean()`.
     """
-    difference = images - reconstructions
     match kind:
         case "l1":
-            return jnp.abs(difference).mean()
+            return jnp.abs(images - reconstructions).mean()
         case "l2":
-            return jnp.square(difference).mean()
+            return jnp.square(images - reconstructions).mean()
+        case "bce":
+            return label_loss(images, reconstructions, class_weights)
         case _:
             assert_never(kind)
+
+
+def label_loss(
+    labels: Float[Array, "b h w c"],
+    logits: Float[Array, "b h w c"],
+    class_weights: Sequence[float] = (),
+) -> Float[Array, ""]:
+    """Binary cross-entropy of every class at every pixel, each class a question of its own.
+
+    `mean of w_c * (softplus(x) - y * x)` over pixels and classes, for logits x and labels y in
+    {0, 1}; without weights the `BCELossWithQuant` of taming-transformers, which is a mean over all
+    as well. Pixels of no class, whose labels are all 0, do not count.
+
+    Args:
+      class_weights: w, one a class; empty means ones. They are not normalised.
+    """
+    entropy = jax.nn.softplus(logits) - labels * logits
+    if class_weights:
+        entropy = entropy * jnp.asarray(class_weights, jnp.float32)[None, None, None]
+    known = labels.sum(-1) > 0
+    pixels = jnp.where(known, entropy.mean(-1), 0.0)
+    return pixels.sum() / jnp.maximum(known.sum(), 1)
 
 
 def adaptive_weight(

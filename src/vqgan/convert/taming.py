@@ -35,7 +35,7 @@ from vqgan.convert.table import Entry, Found, Rules, Table
 from vqgan.errors import InputError
 from vqgan.serialization import Pretrained, flat_weights
 from vqgan.tokenizer.autoencoder import AutoencoderConfig
-from vqgan.tokenizer.model import Tokenizer, TokenizerConfig
+from vqgan.tokenizer.model import Content, Tokenizer, TokenizerConfig
 from vqgan.tokenizer.quantizers import GumbelConfig, VQConfig
 
 _FIRST_STAGE = "first_stage_model."
@@ -162,7 +162,16 @@ def tokenizer_config(
     return TokenizerConfig(
         autoencoder=autoencoder,
         quantizer=_quantizer_config(found, params or {}, where=where),
+        content=_content(found, params or {}),
     )
+
+
+def _content(found: Found, params: Mapping[str, Any]) -> Content:
+    """What the published tokenizer is of: label maps have a class and a buffer of their own."""
+    target = params.get("target", "")
+    if target.endswith(".VQSegmentationModel") or (not target and "colorize" in found):
+        return "labels"
+    return "depth" if params.get("image_key") == "depth" else "images"
 
 
 _DDCONFIG = (
@@ -345,6 +354,8 @@ def save(exported: Exported, path: Path) -> tuple[str, ...]:
             f"taming cannot say autoencoder.downsample {model.downsample!r} with upsample "
             f"{model.upsample!r}: it has convolutions at both or at neither"
         )
+    if config.content == "labels" and config.quantizer.kind == "gumbel":
+        raise InputError("taming cannot say content 'labels' with quantizer.kind 'gumbel'")
     tensors = table.write(exported.tokenizer, tokenizer_table(config))
     for name, module in exported.parts.items():
         tensors |= _loss_tensors(name, module)
@@ -394,18 +405,25 @@ def _yaml(config: TokenizerConfig, used: Path | None) -> dict[str, Any]:
         "dropout": model.dropout,
         "resamp_with_conv": model.downsample == "conv",
     }
+    keys: dict[Content, dict[str, Any]] = {
+        "images": {},
+        "labels": {"image_key": "segmentation", "n_labels": model.in_channels},
+        "depth": {"image_key": "depth"},
+    }
     params: dict[str, Any] = {
         "embed_dim": quantizer.dim,
         "n_embed": config.quantizer.codebook_size,
         "ddconfig": ddconfig,
         "lossconfig": {"target": "taming.modules.losses.vqperceptual.DummyLoss"},
+        **keys[config.content],
     }
     if used is not None:
         params["remap"] = used.name
     if isinstance(quantizer, GumbelConfig):
         params["kl_weight"] = quantizer.kl_weight
         return {"target": "taming.models.vqgan.GumbelVQ", "params": params}
-    return {"target": "taming.models.vqgan.VQModel", "params": params}
+    name = "VQSegmentationModel" if config.content == "labels" else "VQModel"
+    return {"target": f"taming.models.vqgan.{name}", "params": params}
 
 
 # The loss, which in these files holds the discriminator and the perceptual network.

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from grain.sources import ArrayRecordDataSource
-from jaxtyping import Integer, UInt8
+from jaxtyping import Integer, Real
 
 from vqgan import atomic
 from vqgan.data.pipeline import readable
@@ -25,7 +25,7 @@ from vqgan.data.transforms import Picture, center_square, flip, ten_crop
 from vqgan.errors import InputError
 from vqgan.serialization import from_json, read_json, to_json
 
-Encode = Callable[[UInt8[np.ndarray, "b h w c"]], Any]
+Encode = Callable[[Real[np.ndarray, "b h w c"]], Any]
 View = tuple[str, Picture, int]
 
 
@@ -76,7 +76,7 @@ def write_codes(
     The directory appears when it is complete; a run that is killed leaves none.
 
     Args:
-      encode: uint8 images `[batch_size, h, w, c]` to ids `[batch_size, h', w']`,
+      encode: pictures of the source, `[batch_size, h, w, c]`, to ids `[batch_size, h', w']`,
         `[batch_size, h', w', q]` or `[batch_size, l]`. All calls have one shape: the last is filled
         up with copies.
       out_dir: replaced if it holds codes.

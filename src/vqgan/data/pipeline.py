@@ -31,7 +31,7 @@ class DataConfig:
     """Which images, and how they become batches."""
 
     source: str = "emoji"
-    """`emoji`, or a folder of images."""
+    """`emoji`, or a folder of images (label maps or depth maps, if the tokenizer is of these)."""
     image_size: int = 256
     """Height and width in pixels; smaller images are enlarged."""
     resize: int = 0

@@ -9,7 +9,7 @@ import itertools
 import logging
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -43,7 +43,10 @@ class Source(Protocol):
 
 @runtime_checkable
 class ImageSource(Source, Protocol):
-    """Items `{"image": uint8 [h, w, c], "label": int32}`; without classes the label is 0."""
+    """Items `{"image": uint8 [h, w, c], "label": int32}`; without classes the label is 0.
+
+    Of label maps `image` is uint16, of depth maps float32 (vqgan/data/maps.py).
+    """
 
     @property
     def name(self) -> str: ...
@@ -125,8 +128,19 @@ class ImageFolder:
     by the next one. Hidden files and folders are left out.
     """
 
-    def __init__(self, path: Path | str, split: Split = "train", *, holdout: float = 0.1):
-        """Raises InputError where the folder is missing, or has no image (for this split)."""
+    def __init__(
+        self,
+        path: Path | str,
+        split: Split = "train",
+        *,
+        holdout: float = 0.1,
+        read: Callable[[Path], np.ndarray] | None = None,
+    ):
+        """`read` makes a picture of a file, RGB by default; its InputError is not a broken file.
+
+        Raises:
+          InputError: the folder is missing, or has no image (for this split).
+        """
         root = Path(path)
         self.name = str(path)
         if not root.is_dir():
@@ -146,6 +160,7 @@ class ImageFolder:
         self.class_names = () if "" in classes else tuple(sorted(set(classes)))
         number = {name: k for k, name in enumerate(self.class_names)}
         self._labels = [np.int32(number.get(name, 0)) for name in kept]
+        self._read = read or read_image
         self._broken: set[int] = set()
         self._lock = threading.Lock()
 
@@ -171,7 +186,9 @@ class ImageFolder:
         if index in self._broken:
             return None
         try:
-            image = read_image(self.files[index])
+            image = self._read(self.files[index])
+        except InputError:
+            raise
         except Exception as error:  # decoders of damaged files raise nearly anything
             with self._lock:
                 new = index not in self._broken
@@ -254,8 +271,14 @@ def _hashed(paths: list[str], holdout: float) -> list[bool]:
     return held_out
 
 
-def open_source(spec: str, *, split: Split, holdout: float = 0.1) -> ImageSource:
-    """The source that a command-line SRC names: `emoji` or a folder.
+def open_source(
+    spec: str,
+    *,
+    split: Split,
+    holdout: float = 0.1,
+    read: Callable[[Path], np.ndarray] | None = None,
+) -> ImageSource:
+    """The source that a command-line SRC names: `emoji` or a folder, whose files `read` reads.
 
     Raises:
       InputError: naming what `spec` is not.
@@ -266,4 +289,4 @@ def open_source(spec: str, *, split: Split, holdout: float = 0.1) -> ImageSource
         return Emoji(split)
     if not Path(spec).is_dir() and (":" in spec or any(c in spec for c in "*?[{")):
         raise InputError(f"{spec}: not a source; the sources are emoji and a folder of images")
-    return ImageFolder(spec, split, holdout=holdout)
+    return ImageFolder(spec, split, holdout=holdout, read=read)

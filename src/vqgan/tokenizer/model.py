@@ -9,6 +9,7 @@ the training step (vqgan/train/tokenizer.py) is put together.
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import jax
 from flax import nnx
@@ -20,6 +21,7 @@ from vqgan.serialization import Pretrained
 from vqgan.tokenizer.autoencoder import AutoencoderConfig, Decoder, Encoder
 from vqgan.tokenizer.quantizers import QuantizerConfig, VQConfig, make_quantizer
 
+Content = Literal["images", "labels", "depth"]
 Ids = Int[Array, "b h2 w2 *q"] | Int[Array, "b l"]
 """A grid, or a sequence of several grids: what the quantizer gives."""
 
@@ -32,16 +34,36 @@ class TokenizerConfig:
     quantizer: QuantizerConfig = field(default_factory=VQConfig)
     projections: bool = True
     """1x1 convolutions before and after the quantizer; without them its `dim` is `z_channels`."""
+    content: Content = "images"
+    """What the tokenizer is of: images; label maps, whose channels are the classes, one-hot in
+    {0, 1} on the way in and logits on the way out; or depth maps, of one channel in [-1, 1]."""
 
     def check(self) -> None:
         """Raises InputError where the fields contradict one another."""
         self.autoencoder.check()
         self.quantizer.check()
+        self._check_content()
         z, d = self.autoencoder.z_channels, self.quantizer.dim
         if not self.projections and z != d:
             raise InputError(
                 f"quantizer.dim {d}: without projections it must be autoencoder.z_channels, {z}"
             )
+
+    def _check_content(self) -> None:
+        net = self.autoencoder
+        channels = f"in_channels {net.in_channels} and out_channels {net.out_channels}"
+        if self.content == "depth" and (net.in_channels, net.out_channels) != (1, 1):
+            raise InputError(f"content depth: autoencoder.{channels} must both be 1")
+        if self.content == "labels":
+            if net.in_channels != net.out_channels:
+                raise InputError(
+                    f"content labels: autoencoder.{channels} must both be the number of classes"
+                )
+            if (net.pixel_range, net.output) != ("symmetric", "linear"):
+                raise InputError(
+                    "content labels: the output are logits, so autoencoder.pixel_range must be "
+                    "symmetric and autoencoder.output linear"
+                )
 
 
 @jax.tree_util.register_dataclass
@@ -50,7 +72,7 @@ class TokenizerOutput:
     """What a call of the tokenizer returns."""
 
     reconstruction: Float[Array, "b h w c"]
-    """In [-1, 1] by training, not clipped."""
+    """In [-1, 1] by training, not clipped; logits of a tokenizer of labels."""
     z: Float[Array, "b h2 w2 d"]
     """Latents before quantisation."""
     z_q: Float[Array, "b h2 w2 d"]
@@ -64,7 +86,8 @@ class Tokenizer(Pretrained):
     """VQGAN's first stage (arXiv:2012.09841).
 
     Images are float32 `[b, h, w, c]` in [-1, 1], of any size that `factor` divides; of one size
-    only where the quantizer has several scales.
+    only where the quantizer has several scales. Of label maps they are one-hot, and what comes back
+    are logits (see `TokenizerConfig.content`).
     """
 
     config_class = TokenizerConfig

@@ -37,8 +37,11 @@ class OptimConfig:
 class LossConfig:
     """Stage 1: `reconstruction + perceptual + weight * adversarial + codebook`."""
 
-    reconstruction: Literal["l1", "l2"] = "l1"
+    reconstruction: Literal["l1", "l2", "bce"] = "l1"
+    """Absolute or squared difference; "bce", the binary cross-entropy of classes, is for labels."""
     reconstruction_weight: float = 1.0
+    class_weights: tuple[float, ...] = ()
+    """Of the classes in "bce", one each; empty means ones."""
     perceptual: Literal["vgg16", "alexnet"] = "vgg16"
     """The network of LPIPS."""
     perceptual_weight: float = 1.0

@@ -20,11 +20,12 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Key
 
 from vqgan.data.codes import CodeSource, write_codes
+from vqgan.data.maps import reader
 from vqgan.data.pipeline import eval_batches
 from vqgan.data.sources import ImageSource, open_source
 from vqgan.errors import InputError
 from vqgan.eval.runner import evaluate_prior
-from vqgan.pictures import grid, to_float, to_uint8
+from vqgan.pictures import from_model, grid, shown, to_model
 from vqgan.pipeline import Pipeline
 from vqgan.prior.autoregressive import loss as prior_loss
 from vqgan.prior.transformer import Prior, PriorConfig
@@ -125,8 +126,9 @@ def train_prior(
     tokenizer = Tokenizer.from_pretrained(tokenizer_dir)
     size = tokenizer.config.autoencoder.resolution
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, image_size=size))
+    read = reader(tokenizer.config.content, tokenizer.config.autoencoder.in_channels)
     sources = [
-        open_source(config.data.source, split=split, holdout=config.data.holdout)
+        open_source(config.data.source, split=split, holdout=config.data.holdout, read=read)
         for split in ("train", "test")
     ]
     config = dataclasses.replace(config, model=_fitted(config, tokenizer, sources[0]))
@@ -190,9 +192,10 @@ def stored_codes(
 ) -> CodeSource:
     """The codes of a source in `directory`, encoded first if they are not there yet."""
     if jax.process_index() == 0 and not (directory / "codes.json").exists():
+        channels = tokenizer.config.autoencoder.in_channels
         print(f"prior: encoding {len(source)} images ({', '.join(passes)})", flush=True)
         write_codes(
-            lambda images: tokenizer.encode(to_float(images)),
+            lambda pictures: tokenizer.encode(to_model(pictures, channels)),
             source,
             directory,
             image_size=config.data.image_size,
@@ -247,4 +250,4 @@ def _samples(pipeline: Pipeline, seed: int, columns: int = 8) -> np.ndarray:
     if pipeline.prior.config.num_classes:
         classes = jnp.repeat(jnp.arange(rows), columns)
     images = pipeline.generate(classes, rng=jax.random.key(seed), batch=rows * columns)
-    return grid(to_uint8(images), columns)
+    return grid(shown(from_model(images, pipeline.tokenizer.config.content)), columns)

@@ -74,7 +74,7 @@ def reconstruction_terms(
     reconstruction: Images, images: Images, loss: LossConfig, perceptual: Perceptual
 ) -> tuple[Float[Array, ""], Metrics]:
     """Their weighted sum, and each by its name."""
-    pixel = pixel_loss(loss.reconstruction, images, reconstruction)
+    pixel = pixel_loss(loss.reconstruction, images, reconstruction, loss.class_weights)
     metrics: Metrics = {loss.reconstruction: pixel}
     total = loss.reconstruction_weight * pixel
     if perceptual.lpips is not None:

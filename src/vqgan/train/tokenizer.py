@@ -32,11 +32,12 @@ from vqgan.adversarial.discriminators import (
     make_discriminator,
 )
 from vqgan.adversarial.lpips import load_lpips
+from vqgan.data.maps import reader
 from vqgan.data.pipeline import eval_batches, image_augment
 from vqgan.data.sources import ImageSource, open_source
 from vqgan.errors import InputError
 from vqgan.eval.runner import evaluate_tokenizer
-from vqgan.pictures import inputs_over_outputs, to_float, to_uint8
+from vqgan.pictures import from_model, inputs_over_outputs, shown, to_model
 from vqgan.serialization import model_directory, to_json
 from vqgan.tokenizer.autoencoder import to_pixels
 from vqgan.tokenizer.model import Tokenizer
@@ -129,14 +130,14 @@ def step(
     """One update of the autoencoder and one of the discriminator.
 
     Args:
-      batch: `image`, uint8 `[b, h, w, c]`.
+      batch: `image` `[b, h, w, c]`: uint8, or what label and depth maps are (vqgan/pictures.py).
       key: the run's; the step's own are derived from it.
       perceptual: the networks of the perceptual terms.
       extractor: feature maps of images, for a discriminator on features.
     """
     loss = stage.config.loss
     key = jax.random.fold_in(key, state.step)
-    images = to_float(batch["image"])
+    images = to_model(batch["image"], stage.config.model.autoencoder.in_channels)
 
     # Forward, up to the decoder's features and then through the last layer.
     def forward(params: nnx.State) -> tuple[tuple[Array, Array], Any]:
@@ -261,11 +262,13 @@ def train_tokenizer(
         judge_config = start[1].config if start[1] else config.discriminator
         config = dataclasses.replace(config, model=start[0].config, discriminator=judge_config)
     out, data, run = Path(out), config.data, config.run
+    content, channels = config.model.content, config.model.autoencoder.in_channels
+    read = reader(content, channels)
     train, test = (
-        open_source(data.source, split=split, holdout=data.holdout) for split in ("train", "test")
+        open_source(data.source, split=split, holdout=data.holdout, read=read)
+        for split in ("train", "test")
     )
     _check(config, train)
-    channels = config.model.autoencoder.in_channels
     perceptual = perceptual_networks(config.loss, channels, classifier)
     mesh = sharding.make_mesh(fsdp=run.fsdp, tensor=run.tensor)
     sharding.check_batch(data.batch_size, mesh)
@@ -283,7 +286,7 @@ def train_tokenizer(
         perceptual=perceptual,
         extractor=feature_extractor(config, extractor),
     )
-    judge = load_lpips("vgg16") if config.model.autoencoder.in_channels in (1, 3) else None
+    judge = load_lpips("vgg16") if channels in (1, 3) and content != "labels" else None
 
     def averaged(state: TokenizerState) -> Tokenizer:
         """The tokenizer with averaged weights, in one piece on this process."""
@@ -297,8 +300,9 @@ def train_tokenizer(
         return evaluate_tokenizer(averaged(state), images, judge)
 
     def picture(state: TokenizerState) -> np.ndarray:
-        images = next(held_out(16, limit=16))["image"]
-        return inputs_over_outputs(images, reconstruct(averaged(state), images))
+        batch = next(held_out(16, limit=16))
+        images = batch["image"][batch["valid"]]
+        return inputs_over_outputs(shown(images), shown(reconstruct(averaged(state), images)))
 
     def export(state: TokenizerState, directory: Path) -> None:
         tokenizer = averaged(state)
@@ -319,7 +323,7 @@ def train_tokenizer(
         title="tokenizer",
         images_per_step=data.batch_size,
         meta={"config": to_json(config)},
-        best_of="l1",
+        best_of="bce" if content == "labels" else "l1",
         watch=Watch() if guarded else None,
         # A good state to return to: the last before the generator sees the discriminator.
         save_at=disc_start(config) if guarded else 0,
@@ -360,9 +364,10 @@ def _started(
     )
 
 
-def reconstruct(tokenizer: Tokenizer, images: np.ndarray) -> np.ndarray:
-    """uint8 images through the tokenizer and back to uint8."""
-    return to_uint8(tokenizer(to_float(images)).reconstruction)
+def reconstruct(tokenizer: Tokenizer, pictures: np.ndarray) -> np.ndarray:
+    """Pictures (uint8, or what label and depth maps are) through the tokenizer and back."""
+    images = to_model(pictures, tokenizer.config.autoencoder.in_channels)
+    return from_model(tokenizer(images).reconstruction, tokenizer.config.content)
 
 
 def _check(config: TokenizerTraining, source: ImageSource) -> None:
@@ -391,9 +396,41 @@ def _check(config: TokenizerTraining, source: ImageSource) -> None:
     if isinstance(config.model.quantizer, MultiScaleConfig):
         side = config.data.image_size // model.factor
         config.model.quantizer.check_grid(side, side)
+    _check_content(config, source)
     channels = source[0]["image"].shape[-1]
-    if channels != model.in_channels or channels != judge.in_channels:
+    taken = {model.in_channels} | ({judge.in_channels} if disc_start(config) >= 0 else set())
+    if config.model.content != "labels" and taken != {channels}:
         raise InputError(
             f"{source.name}: images have {channels} channel(s), the tokenizer takes "
             f"{model.in_channels} and the discriminator {judge.in_channels}"
         )
+
+
+def _check_content(config: TokenizerTraining, source: ImageSource) -> None:
+    """Raises InputError where losses or data do not fit to what the tokenizer is of."""
+    loss, content = config.loss, config.model.content
+    labels, classes = content == "labels", config.model.autoencoder.in_channels
+    if labels != (loss.reconstruction == "bce"):
+        raise InputError(
+            f"loss.reconstruction {loss.reconstruction} with model.content {content}: bce is for "
+            "labels, and labels for bce"
+        )
+    for name in ("perceptual_weight", "classifier_weight"):
+        if labels and getattr(loss, name):
+            raise InputError(
+                f"loss.{name} {getattr(loss, name)}: there is no perceptual distance of label "
+                "maps; set it to 0"
+            )
+    if labels and disc_start(config) >= 0:
+        raise InputError(
+            f"loss.disc_start {disc_start(config)}: a discriminator cannot judge logits of label "
+            "maps; set loss.disc_start to -1 and loss.disc_start_fraction to 0"
+        )
+    if loss.class_weights and (not labels or len(loss.class_weights) != classes):
+        raise InputError(
+            f"loss.class_weights are {len(loss.class_weights)}, but model.content {content} with "
+            f"{classes} channels has {classes if labels else 'no'} classes"
+        )
+    found, expected = source[0]["image"].dtype, {"labels": np.uint16, "depth": np.float32}
+    if found != expected.get(content, np.uint8):
+        raise InputError(f"{source.name}: not {content}, which the tokenizer is of; give a folder")
