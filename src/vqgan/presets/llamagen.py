@@ -57,9 +57,7 @@ def llamagen_vq8_tokenizer() -> TokenizerTraining:
     autoencoder = dataclasses.replace(
         base.model.autoencoder, channel_multipliers=(1, 2, 2, 4), attention_resolutions=(32,)
     )
-    return dataclasses.replace(
-        base, model=dataclasses.replace(base.model, autoencoder=autoencoder)
-    )
+    return dataclasses.replace(base, model=dataclasses.replace(base.model, autoencoder=autoencoder))
 
 
 def _gpt(depth: int, heads: int, width: int) -> PriorTraining:

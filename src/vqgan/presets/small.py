@@ -1,4 +1,4 @@
-"""Presets that finish on a CPU: the demo's, the same with other quantizers, and one for a folder."""
+"""Presets that finish on a CPU: the demo's, with other quantizers too, and one for a folder."""
 
 import dataclasses
 
