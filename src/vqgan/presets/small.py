@@ -132,7 +132,7 @@ def small_prior() -> PriorTraining:
     """A prior for `small` tokenizers, or any other with up to some hundred tokens an image.
 
     `vqgan train-prior small --tokenizer runs/mine/model --data FOLDER --out runs/mine-prior`;
-    3.5 M parameters; less than half an hour on 2 CPU cores for 64 tokens. Not trained here.
+    3.5 M parameters; under half an hour on 2 CPU cores, by the speed of the demo. Not trained here.
     """
     base = emoji_prior()
     return dataclasses.replace(

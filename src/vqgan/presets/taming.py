@@ -38,7 +38,7 @@ def taming_f16_tokenizer() -> TokenizerTraining:
 
 
 def taming_f16_16384_tokenizer() -> TokenizerTraining:
-    """The same network with 16384 codes, for ImageNet: the one most later work compares with.
+    """The same network with 16384 codes, for ImageNet too.
 
     `vqgan train-tokenizer taming-f16-16384 --data imagenet/ --out runs/f16-16384`; 76 M parameters.
     Published: a single 40 GB GPU at batch 14, the time not; rFID 4.98 on the validation split at
@@ -56,7 +56,7 @@ def taming_f16_16384_tokenizer() -> TokenizerTraining:
 
 
 def taming_gumbel_f8_tokenizer() -> TokenizerTraining:
-    """The Gumbel tokenizer (vqgan_gumbel_f8): f8, 8192 codes, sharp at 32x32 tokens.
+    """The Gumbel tokenizer (vqgan_gumbel_f8): f8, 8192 codes, 32x32 tokens of 256 pixels.
 
     `vqgan train-tokenizer taming-gumbel-f8 --data openimages/ --out runs/gumbel`; 69 M parameters.
     Published: a single 40 GB GPU at batch 12 or so, the time not; rFID 1.49 on the validation split
