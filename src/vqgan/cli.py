@@ -111,16 +111,18 @@ def _of_kind(config: Any, union: Any, option: str, argv: Sequence[str]) -> Any:
 
 def _training(command: str, argv: Sequence[str], presets: dict[str, Callable], extra: type) -> Any:
     """Parses `PRESET --data --out --steps --seed` and every field of the preset as an option."""
-    names = ", ".join(presets)
     if not argv or argv[0] in ("-h", "--help"):
-        print(f"usage: vqgan {command} PRESET --out DIR [options]\n\npresets: {names}")
-        print(f"`vqgan {command} PRESET --help` lists the options with the preset's values.")
+        print(f"usage: vqgan {command} PRESET --out DIR [options]\n\npresets:")
+        width = max(map(len, presets))
+        for name, preset in presets.items():
+            print(f"  {name:{width}}  {(preset.__doc__ or '').partition(chr(10))[0]}")
+        print(f"\n`vqgan {command} PRESET --help` lists the options with the preset's values.")
         sys.exit(0)
-    preset, *rest = argv
-    if preset not in presets:
-        raise InputError(f"{command}: no preset {preset!r}; there are {names}")
-    default = _with_kinds(presets[preset](), rest)
-    options = _parse(extra, rest, f"{command} {preset}", default=extra(config=default))
+    name, *rest = argv
+    if name not in presets:
+        raise InputError(f"{command}: no preset {name!r}; there are {', '.join(presets)}")
+    default = _with_kinds(presets[name](), rest)
+    options = _parse(extra, rest, f"{command} {name}", default=extra(config=default))
     if options.out is None:
         raise InputError(f"{command}: where to? Give --out DIR, a directory for the run")
     config = options.config

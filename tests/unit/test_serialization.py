@@ -8,21 +8,12 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from vqgan import presets
 from vqgan.errors import InputError
 from vqgan.serialization import differing_fields, from_json, read_json, to_json
 from vqgan.tokenizer.autoencoder import AutoencoderConfig
 from vqgan.tokenizer.model import Tokenizer, TokenizerConfig
 from vqgan.tokenizer.quantizers import VQConfig
 from vqgan.train.config import OptimConfig
-
-PRESETS = presets.TOKENIZERS | {f"prior {name}": p for name, p in presets.PRIORS.items()}
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_survive_json(name):
-    config = PRESETS[name]()
-    assert from_json(type(config), json.loads(json.dumps(to_json(config))), where="x") == config
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What a training run is told. Inert data; vqgan/presets.py has values of these classes."""
+"""What a training run is told. Inert data; vqgan/presets has values of these classes."""
 
 from dataclasses import dataclass, field
 from typing import Literal
