@@ -16,7 +16,7 @@ from vqgan.presets.llamagen import (
     llamagen_vq8_tokenizer,
     llamagen_vq16_tokenizer,
 )
-from vqgan.presets.maskgit import maskgit_tokenizer
+from vqgan.presets.maskgit import maskgit_tokenizer, vqgan_plus_tokenizer
 from vqgan.presets.seed_voken import ibq_tokenizer, open_magvit2_tokenizer
 from vqgan.presets.small import (
     emoji_fsq_tokenizer,
@@ -27,11 +27,13 @@ from vqgan.presets.small import (
     small_tokenizer,
 )
 from vqgan.presets.taming import (
+    taming_depth_tokenizer,
     taming_f16_16384_tokenizer,
     taming_f16_tokenizer,
     taming_gumbel_f8_tokenizer,
     taming_imagenet_prior,
     taming_prior,
+    taming_segmentation_tokenizer,
 )
 from vqgan.train.config import PriorTraining, TokenizerTraining
 
@@ -43,9 +45,12 @@ TOKENIZERS: dict[str, Callable[[], TokenizerTraining]] = {
     "taming-f16": taming_f16_tokenizer,
     "taming-f16-16384": taming_f16_16384_tokenizer,
     "taming-gumbel-f8": taming_gumbel_f8_tokenizer,
+    "taming-segmentation": taming_segmentation_tokenizer,
+    "taming-depth": taming_depth_tokenizer,
     "llamagen-vq16": llamagen_vq16_tokenizer,
     "llamagen-vq8": llamagen_vq8_tokenizer,
     "maskgit": maskgit_tokenizer,
+    "vqgan-plus": vqgan_plus_tokenizer,
     "ibq": ibq_tokenizer,
     "open-magvit2": open_magvit2_tokenizer,
     "fsq-1000": fsq_1000_tokenizer,

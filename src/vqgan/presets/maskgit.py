@@ -1,12 +1,13 @@
-"""MaskGIT's tokenizer (Chang et al. 2022, arXiv:2202.04200).
+"""MaskGIT's tokenizer (Chang et al. 2022, arXiv:2202.04200), and VQGAN+, which began with it.
 
-Its training code was never published: weights are of its config, and how they are applied is of
-MAGVIT's trainer, by the same group, which has the same options. Networks and losses there see
+MaskGIT's training code was never published: weights are of its config, and how they are applied is
+of MAGVIT's trainer, by the same group, which has the same options. Networks and losses there see
 images in [0, 1], so squares of differences are a quarter of ours, and squares of gradients by the
 image four times ours.
 """
 
 from vqgan.adversarial.stylegan2 import StyleGAN2Config
+from vqgan.adversarial.vqgan_plus import VQGANPlusConfig
 from vqgan.data.pipeline import DataConfig
 from vqgan.tokenizer.autoencoder import AutoencoderConfig
 from vqgan.tokenizer.model import TokenizerConfig
@@ -56,4 +57,58 @@ def maskgit_tokenizer() -> TokenizerTraining:
         ema_decay=0.999,
         data=DataConfig(image_size=256, batch_size=256),
         run=RunConfig(steps=1_000_000),
+    )
+
+
+def vqgan_plus_tokenizer() -> TokenizerTraining:
+    """VQGAN+ (Weber et al. 2024, "MaskBit", arXiv:2409.16211): f16, 4096 codes, a ResNet's logits.
+
+    `vqgan train-tokenizer vqgan-plus --loss.classifier models/resnet50 --data imagenet/
+    --out runs/plus`; 55 M parameters; docs/how-to/perceptual-terms.md says how to make the
+    classifier. Published: hardware and time not; rFID 1.39, PSNR 21.0 at 256 pixels; 1.52 with 1024
+    codes of 256 channels. Images there are in [0, 1], so its weight of 4 of the squares is 1 here.
+    The published 16 images a GPU are taken to be 256 in all. Differs in the crops (resized at
+    random there), in that biases, norms and codes do not decay, and in that the average of the
+    weights begins at once. Not trained here.
+    """
+    optim = OptimConfig(
+        lr=1e-4,
+        betas=(0.9, 0.999),
+        weight_decay=1e-4,
+        warmup_steps=5_000,
+        schedule="cosine",
+        final_lr=1e-5,
+        clip_norm=1.0,
+    )
+    return TokenizerTraining(
+        model=TokenizerConfig(
+            autoencoder=AutoencoderConfig(
+                attention_resolutions=(),
+                middle_attention=False,
+                decoder_extra_blocks=0,
+                block_bias=False,
+                shortcut_of="output",
+                latent_kernel=1,
+                z_channels=64,
+                pixel_range="unit",
+            ),
+            quantizer=VQConfig(codebook_size=4096, dim=64, init_from_data=False, revive_after=0),
+            projections=False,
+        ),
+        discriminator=VQGANPlusConfig(),
+        loss=LossConfig(
+            reconstruction="l2",
+            perceptual_weight=0.0,
+            classifier_weight=0.1,
+            adversarial_weight=0.02,
+            adaptive=False,
+            disc_start=20_000,
+            lecam_weight=0.001,
+            lecam_of="mean",
+        ),
+        optim=optim,
+        disc_optim=optim,
+        ema_decay=0.999,
+        data=DataConfig(image_size=256, batch_size=256),
+        run=RunConfig(steps=1_350_000),
     )

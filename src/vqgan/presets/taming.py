@@ -11,6 +11,7 @@ out of use, which the published code does not do.
 
 import dataclasses
 
+from vqgan.adversarial.patchgan import PatchGANConfig
 from vqgan.data.pipeline import DataConfig
 from vqgan.prior.transformer import PriorConfig
 from vqgan.tokenizer.autoencoder import AutoencoderConfig
@@ -79,6 +80,50 @@ def taming_gumbel_f8_tokenizer() -> TokenizerTraining:
         ),
     )
     return dataclasses.replace(base, model=model, run=RunConfig(steps=1_000_000))
+
+
+def taming_segmentation_tokenizer() -> TokenizerTraining:
+    """The tokenizer of label maps that conditions S-FLCKR (sflckr_cond_stage): f16, 182 classes.
+
+    `vqgan train-tokenizer taming-segmentation --data labels/ --out runs/seg`; 73 M parameters.
+    Published: hardware and time not, nor a number for its reconstructions; batch 12, binary
+    cross-entropy alone, no discriminator. COCO-Stuff's (coco_cond_stage) has 183 classes:
+    `--model.autoencoder.in-channels 183 --model.autoencoder.out-channels 183`. Flipped here; the
+    length is ours. Not trained here.
+    """
+    classes = 182
+    return TokenizerTraining(
+        model=TokenizerConfig(
+            autoencoder=AutoencoderConfig(in_channels=classes, out_channels=classes),
+            content="labels",
+        ),
+        loss=LossConfig(reconstruction="bce", perceptual_weight=0.0, disc_start=-1),
+        optim=OptimConfig(lr=5.4e-5),  # 12 x 4.5e-6
+        ema_decay=0.0,
+        data=DataConfig(image_size=256, batch_size=12),
+        run=RunConfig(steps=100_000),
+    )
+
+
+def taming_depth_tokenizer() -> TokenizerTraining:
+    """The tokenizer of depth maps that conditions ImageNet (imagenetdepth_vqgan): f16, 1024 codes.
+
+    `vqgan train-tokenizer taming-depth --data depth/ --out runs/depth`; 72 M parameters.
+    Published: hardware and time not, nor a number for its reconstructions; batch 3, the
+    discriminator from step 50,001 on with weight 0.75. The length is ours. Not trained here.
+    """
+    base = taming_f16_tokenizer()
+    return dataclasses.replace(
+        base,
+        model=TokenizerConfig(
+            autoencoder=AutoencoderConfig(in_channels=1, out_channels=1), content="depth"
+        ),
+        discriminator=PatchGANConfig(in_channels=1),
+        loss=LossConfig(adversarial_weight=0.75, disc_start=50_001),
+        optim=OptimConfig(lr=1.35e-5),  # 3 x 4.5e-6
+        disc_optim=OptimConfig(lr=1.35e-5),
+        data=dataclasses.replace(base.data, batch_size=3),
+    )
 
 
 def _gpt(codebook_size: int, depth: int, heads: int, width: int, num_classes: int) -> PriorConfig:
