@@ -25,13 +25,16 @@ RULE = GuardConfig(window=20, patience=3, hold=15, calm=40, max_returns=1)
 one_step = jax.jit(functools.partial(observe, RULE))
 
 
-def watched(values, guard=None, *, start=40, weights=None):
-    """The guard after each of some reconstruction terms; the discriminator is in from `start`."""
+def watched(values, guard=None, *, start=40, weights=None, averaged=None):
+    """The guard after each of some reconstruction terms; the discriminator is in from `start`.
+
+    Averaged weights have the same terms unless told otherwise: then nothing is a leap.
+    """
     guard, guards = guard or new_guard(), []
     weights = np.ones(len(values)) if weights is None else weights
-    for value, weight in zip(values, weights, strict=True):
-        begun = guard.watched >= start
-        guard = one_step(guard, jnp.float32(value), jnp.float32(weight), begun)
+    averaged = values if averaged is None else averaged
+    for numbers in zip(values, averaged, weights, strict=True):
+        guard = one_step(guard, *map(jnp.float32, numbers), guard.watched - start)
         guards.append(guard)
     return guards
 
@@ -103,6 +106,70 @@ def test_a_surging_weight_halves_the_margin():
     assert watched(terms, weights=weights)[-1].holds == 1
     # Steps without a weight (before the discriminator learns) say nothing about its average.
     assert watched(terms, weights=np.r_[np.zeros(50), np.ones(150)])[-1].holds == 0
+
+
+def difficult(steps, noise=0.3, seed=0):
+    """Terms of averaged weights: batches differ by a factor that drowns what is to be seen."""
+    return np.exp(np.random.default_rng(seed).normal(0, noise, steps))
+
+
+def test_a_new_term_that_is_worse_than_the_average_is_held_within_few_steps():
+    """By 40 % where the gap varies by 3 % and batches by 30."""
+    averaged = difficult(120)
+    gaps = np.random.default_rng(1).normal(0.05, 0.03, 120) + (np.arange(120) >= 60) * np.log(1.4)
+    guards = watched(averaged * np.exp(gaps), start=60, averaged=averaged)
+    held = first(guards, lambda g: g.holds == 1)
+    assert 60 <= held <= 62
+    assert guards[held].breaks == 1 and guards[held].leap == 0 and strength(guards[held]) == 0
+
+
+def test_an_old_term_is_judged_by_its_fast_average_alone():
+    averaged = np.ones(200)
+    values = np.where(np.arange(200) >= 60 + RULE.window, 1.5, 1.0)
+    late = first(watched(values, start=60, averaged=averaged), lambda g: g.holds == 1)
+    values = np.where(np.arange(200) >= 60 + RULE.window - 1, 1.5, 1.0)
+    soon = first(watched(values, start=60, averaged=averaged), lambda g: g.holds == 1)
+    assert soon == 60 + RULE.window - 1 and late > soon + RULE.patience
+
+
+def test_the_averaged_weights_are_asked_around_each_coming_of_the_term():
+    guards = watched([1.0] * 80 + [2.0] * 5 + [1.0] * 100, start=60)
+    asked = [bool(compares(RULE, g, g.watched - 60)) for g in guards]
+    held = first(guards, lambda g: g.holds == 1)
+    assert held == first(guards, lambda g: g.breaks == 1)
+    window, back = RULE.window, held + RULE.hold
+    # Entry i is about step i + 1, the step after guard i.
+    assert not any(asked[: 60 - window - 1]) and all(asked[60 - window - 1 : 60 + window - 1])
+    assert all(asked[held : back + window]) and not any(asked[back + window :])
+
+
+def test_what_is_usual_is_learnt_without_the_term_only():
+    averaged = np.ones(100)
+    values = np.where(np.arange(100) < 60, 1.2, 1.25)
+    guards = watched(values, start=60, averaged=averaged)
+    np.testing.assert_allclose(
+        guards[-1].gap / (1 - (1 - 1 / RULE.window) ** RULE.window), np.log(1.2), rtol=1e-5
+    )
+    assert guards[-1].compared == RULE.window
+    # Before so many steps are compared, nothing is a leap.
+    early = watched(np.where(np.arange(60) < 10, 1.0, 1.3), start=10, averaged=np.ones(60))
+    assert all(g.leap == 0 for g in early)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    usual=st.floats(-0.3, 0.3),
+    deviation=st.floats(0.001, 0.08),
+    rise=st.floats(-0.2, 0.05),
+)
+def test_noise_and_a_rise_within_the_margin_are_no_leap(seed, usual, deviation, rise):
+    steps = np.arange(80)
+    gaps = np.random.default_rng(seed).uniform(-1.7, 1.7, 80) * deviation + usual
+    averaged = difficult(80, 0.2, seed)
+    values = averaged * np.exp(gaps + (steps >= 60) * rise)
+    carry, _ = series(new_guard(), (values, averaged, steps - 60))
+    assert carry.breaks == carry.broken or carry.holds == 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,14 @@ from the first step on, long before the generator sees the discriminator:
     fast  = average over some ten steps
     break = fast > (1 + margin) best for `patience` steps
 
+Which is slow, because batches differ. Where the term is new, for `window` steps after it has come
+in or come back, the averaged weights see the same batch, and the batch's difficulty cancels:
+
+    gap   = log(terms / terms of the averaged weights)
+    usual = average of the gap over `window` steps without the term, `deviation` its standard one
+    leap  = sum of (gap - usual - log(1 + margin) - deviation / 2), never below 0
+    break = leap > log(1 + margin) and leap > `sure` deviations       (a CUSUM test, Page 1954)
+
 The adaptive weight has a slow average too, of its logarithm. Where it surges to `surge` times that
 (the discriminator has become flat, and what is amplified is noise), half of the margin is a break.
 
@@ -14,12 +22,15 @@ A first break holds the adversarial term for `hold` steps: its factor is 0. A se
 factor for good, after another hold. A third one asks the loop for the last good state, whose run
 goes on with a factor halved once more. After `calm` steps without a break the count starts anew.
 When `max_returns` returns have not helped, the adversarial term is left out to the end of the run.
+Every break also takes the weights back to their average of the step before, which the last steps
+have hardly reached.
 
 All of it is a pure function of a small state that is part of the run's, so a run that is killed
 and resumed is guarded alike. The discriminator learns on, whatever the guard does.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +50,11 @@ class GuardConfig:
     patience: int = 5
     """Steps in a row above the margin that make a break."""
     window: int = 50
-    """Steps of the slow averages; nothing is a break before so many are watched."""
+    """Steps of the slow averages; nothing is a break before so many are watched. Also those in
+    which the term is new, and the averaged weights, at the price of their forward pass, are asked
+    too; and as many before the first of them."""
+    sure: float = 4.0
+    """Standard deviations of the gap that are a break at once; the more, the later."""
     surge: float = 10.0
     """Times its own average that the adaptive weight must be to halve the margin."""
     hold: int = 50
@@ -65,6 +80,13 @@ class Guard:
     """Steps so far that had an adaptive weight."""
     log_weight: Any
     """Moving average of its logarithm; float32."""
+    compared: Any
+    """Steps so far without the term whose batch the averaged weights have seen too."""
+    gap: Any
+    spread: Any
+    """Moving averages over those, of the gap and its variance, not yet divided; float32."""
+    leap: Any
+    """float32; 0 where the averaged weights are not asked."""
     broken: Any
     """Steps in a row above the margin."""
     quiet: Any
@@ -75,6 +97,8 @@ class Guard:
     """Breaks since all was calm: 0 to 2, and 3 while it asks to return."""
     factor: Any
     """Of the adversarial term when it is not held; float32."""
+    breaks: Any
+    """Ever."""
     holds: Any
     lowers: Any
     returns: Any
@@ -84,7 +108,9 @@ class Guard:
 def new_guard() -> Guard:
     """The guard of a run that begins."""
     fields = {field.name: jnp.zeros((), jnp.int32) for field in dataclasses.fields(Guard)}
-    fields |= {name: jnp.zeros(()) for name in ("fast", "slow", "log_weight")}
+    fields |= {
+        name: jnp.zeros(()) for name in ("fast", "slow", "log_weight", "gap", "spread", "leap")
+    }
     return Guard(**(fields | {"best": jnp.full((), jnp.inf, jnp.float32), "factor": jnp.ones(())}))
 
 
@@ -94,26 +120,47 @@ def strength(guard: Guard) -> Float[Array, ""]:
     return jnp.where(held, 0.0, guard.factor)
 
 
+def compares(config: GuardConfig, guard: Guard, age: Int[Array, ""]) -> Bool[Array, ""]:
+    """Whether the averaged weights are to see this step's batch too.
+
+    Args:
+      age: steps since the generator first saw the discriminator; negative before.
+    """
+    out = (age < 0) | (guard.holding > 0)
+    return jnp.where(out, age >= -config.window, guard.quiet < config.window)
+
+
 def observe(
     config: GuardConfig,
     guard: Guard,
     reconstruction: Float[Array, ""],
+    averaged: Float[Array, ""],
     weight: Float[Array, ""],
-    begun: Bool[Array, ""],
+    age: Int[Array, ""],
 ) -> Guard:
     """The guard after one more step.
 
     Args:
       reconstruction: the step's reconstruction terms, weighted and summed.
+      averaged: those of the averaged weights on the same batch, in a step that `compares` asks for.
       weight: its adversarial weight as it would be without a guard; 0 in steps without one.
-      begun: whether the generator sees the discriminator, held or not.
+      age: steps since the generator first saw the discriminator, held or not; negative before.
     """
+    shown = (age >= 0) & (guard.holding == 0)
+    judged = shown & (guard.stage < 3) & (guard.factor > 0)
+    tiny = float(jnp.finfo(jnp.float32).tiny)
+    gap = jnp.log(jnp.maximum(reconstruction, tiny) / jnp.maximum(averaged, tiny))
+    compared = _compared(config, guard, gap, judged)
+    guard = jax.tree.map(
+        lambda new, old: jnp.where(compares(config, guard, age), new, old),
+        compared,
+        dataclasses.replace(guard, leap=jnp.zeros(())),
+    )
     guard = _averaged(config, guard, reconstruction, weight)
-    over = begun & (guard.holding == 0) & (guard.stage < 3) & (guard.factor > 0)
-    over = over & _above(config, guard, weight)
+    over = judged & _above(config, guard, weight)
     broken = jnp.where(over, guard.broken + 1, 0)
-    quiet = jnp.where(over, 0, guard.quiet + begun * (guard.holding == 0))
-    fires = broken >= config.patience
+    quiet = jnp.where(over, 0, guard.quiet + shown)
+    fires = (broken >= config.patience) | _leaps(config, guard)
 
     holds = fires & (guard.stage == 0)
     lowers = fires & (guard.stage == 1)
@@ -129,9 +176,40 @@ def observe(
         holding=jnp.where(holds | lowers, config.hold, jnp.maximum(guard.holding - 1, 0)),
         stage=jnp.where(forgiven, 0, stage),
         factor=jnp.where(gives_up, 0.0, factor),
+        leap=jnp.where(fires, 0.0, guard.leap),
+        breaks=guard.breaks + fires,
         holds=guard.holds + holds,
         lowers=guard.lowers + lowers,
     )
+
+
+def _compared(
+    config: GuardConfig, guard: Guard, gap: Float[Array, ""], judged: Bool[Array, ""]
+) -> Guard:
+    """Learns what gap is usual while the term is out; adds up what is above it while it is in."""
+    usual, deviation = _usual_gap(config, guard)
+    above = gap - usual - math.log1p(config.margin) - deviation / 2
+    trusted = guard.compared >= config.window
+    learned = dataclasses.replace(
+        guard,
+        compared=guard.compared + 1,
+        gap=_moved(guard.gap, gap, config.window),
+        spread=_moved(guard.spread, jnp.square(gap - usual), config.window),
+        leap=jnp.zeros(()),
+    )
+    leap = jnp.where(trusted, jnp.maximum(guard.leap + above, 0.0), 0.0)
+    summed = dataclasses.replace(guard, leap=leap)
+    return jax.tree.map(lambda new, old: jnp.where(judged, new, old), summed, learned)
+
+
+def _usual_gap(config: GuardConfig, guard: Guard) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    share = _share(config.window, jnp.maximum(guard.compared, 1))
+    return guard.gap / share, jnp.sqrt(guard.spread / share)
+
+
+def _leaps(config: GuardConfig, guard: Guard) -> Bool[Array, ""]:
+    _, deviation = _usual_gap(config, guard)
+    return guard.leap > jnp.maximum(math.log1p(config.margin), config.sure * deviation)
 
 
 def _averaged(
@@ -191,8 +269,8 @@ class Watch:
 
     def calm(self, state: Any) -> bool:
         """Whether nothing is wrong, so that a checkpoint of the state is one to return to."""
-        stage, broken = jax.device_get((state.guard.stage, state.guard.broken))
-        return int(stage) == 0 and int(broken) == 0
+        guard = jax.device_get(state.guard)
+        return int(guard.stage) == 0 and int(guard.broken) == 0 and float(guard.leap) == 0.0
 
     def asks(self, state: Any) -> bool:
         """Whether the guard asks for the last good state."""

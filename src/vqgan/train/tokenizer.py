@@ -51,7 +51,7 @@ from vqgan.train.adversarial import (
     play_once_begun,
 )
 from vqgan.train.config import LossConfig, TokenizerTraining
-from vqgan.train.guard import Watch, guard_metrics, new_guard, observe
+from vqgan.train.guard import Watch, compares, guard_metrics, new_guard, observe
 from vqgan.train.optim import optimizer
 from vqgan.train.run_directory import claim
 from vqgan.train.state import (
@@ -173,17 +173,32 @@ def step(
     metrics = terms | q.losses | game.metrics | statistics
     metrics["loss"] = nll + loss.codebook_weight * codebook_loss + game.loss
     metrics["grad_norm"] = optax.tree.norm(grads)
+    ema = _average(state.ema, updated, params, stage.config.ema_decay)
+
+    # What the averaged weights make of the batch, where the guard asks for it.
+    def averaged_nll() -> Float[Array, ""]:
+        features = forward(state.ema)[0][0]
+        averaged = _apply_last(stage, state.ema["decoder"]["conv_out"], features)
+        return _reconstruction_terms(averaged, images, loss, lpips)[0]
+
     guard = state.guard
     if loss.guard and disc_start(stage.config) >= 0:
-        begun = state.step >= disc_start(stage.config)
-        guard = observe(loss.guard_rule, guard, nll, game.balance, begun)
+        age = state.step - disc_start(stage.config)
+        compared = compares(loss.guard_rule, guard, age)
+        averaged = jax.lax.cond(compared, averaged_nll, lambda: nll)
+        guard = observe(loss.guard_rule, guard, nll, averaged, game.balance, age)
         metrics |= guard_metrics(guard)
+        # A break takes the weights back to their average of before this step.
+        broke = guard.breaks > state.guard.breaks
+        params, ema = jax.tree.map(
+            lambda old, new: jnp.where(broke, old, new), (state.ema, state.ema), (params, ema)
+        )
     new = TokenizerState(
         step=state.step + 1,
         params=params,
         codebook_stats=codebook_stats,
         optim=optim,
-        ema=_average(state.ema, updated, params, stage.config.ema_decay),
+        ema=ema,
         disc_params=game.disc_params,
         disc_stats=game.disc_stats,
         disc_optim=game.disc_optim,
