@@ -79,11 +79,8 @@ def taming_step_flops(size: int, batch: int) -> int:
 
 
 def our_step(size: int, batch: int) -> tuple[Any, tuple[Any, ...]]:
-    """The step of the same training as a function, and the shapes of its arguments.
-
-    Without the guard, which in some steps shows the batch to the averaged weights as well.
-    """
-    config = TokenizerTraining(loss=LossConfig(disc_start=0, guard=False))
+    """The step of the same training as a function, and the shapes of its arguments."""
+    config = TokenizerTraining(loss=LossConfig(disc_start=0))
     stage, init = setup(config)
     arguments = (
         jax.eval_shape(init),

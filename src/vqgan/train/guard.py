@@ -8,7 +8,8 @@ from the first step on, long before the generator sees the discriminator:
     break = fast > (1 + margin) best for `patience` steps
 
 Which is slow, because batches differ. Where the term is new, for `window` steps after it has come
-in or come back, the averaged weights see the same batch, and the batch's difficulty cancels:
+in or come back, each batch is shown before its step to the weights and to their average, so that
+its difficulty cancels:
 
     gap   = log(terms / terms of the averaged weights)
     usual = average of the gap over `window` steps without the term, `deviation` its standard one
@@ -22,8 +23,7 @@ A first break holds the adversarial term for `hold` steps: its factor is 0. A se
 factor for good, after another hold. A third one asks the loop for the last good state, whose run
 goes on with a factor halved once more. After `calm` steps without a break the count starts anew.
 When `max_returns` returns have not helped, the adversarial term is left out to the end of the run.
-Every break also takes the weights back to their average of the step before, which the last steps
-have hardly reached.
+Every break also takes the weights back to their average, which the last steps have hardly reached.
 
 All of it is a pure function of a small state that is part of the run's, so a run that is killed
 and resumed is guarded alike. The discriminator learns on, whatever the guard does.
@@ -31,6 +31,7 @@ and resumed is guarded alike. The discriminator learns on, whatever the guard do
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,8 +52,8 @@ class GuardConfig:
     """Steps in a row above the margin that make a break."""
     window: int = 50
     """Steps of the slow averages; nothing is a break before so many are watched. Also those in
-    which the term is new, and the averaged weights, at the price of their forward pass, are asked
-    too; and as many before the first of them."""
+    which the term is new and batches are shown to the averaged weights, at the price of two forward
+    passes; and as many before the first of them."""
     sure: float = 4.0
     """Standard deviations of the gap that are a break at once; the more, the later."""
     surge: float = 10.0
@@ -97,8 +98,8 @@ class Guard:
     """Breaks since all was calm: 0 to 2, and 3 while it asks to return."""
     factor: Any
     """Of the adversarial term when it is not held; float32."""
-    breaks: Any
-    """Ever."""
+    spoilt: Any
+    """1 from a break until the weights are back at their average."""
     holds: Any
     lowers: Any
     returns: Any
@@ -121,7 +122,7 @@ def strength(guard: Guard) -> Float[Array, ""]:
 
 
 def compares(config: GuardConfig, guard: Guard, age: Int[Array, ""]) -> Bool[Array, ""]:
-    """Whether the averaged weights are to see this step's batch too.
+    """Whether the next step's batch is to be shown to the weights and to their average.
 
     Args:
       age: steps since the generator first saw the discriminator; negative before.
@@ -130,86 +131,93 @@ def compares(config: GuardConfig, guard: Guard, age: Int[Array, ""]) -> Bool[Arr
     return jnp.where(out, age >= -config.window, guard.quiet < config.window)
 
 
-def observe(
+def compare(
     config: GuardConfig,
     guard: Guard,
     reconstruction: Float[Array, ""],
     averaged: Float[Array, ""],
-    weight: Float[Array, ""],
     age: Int[Array, ""],
+) -> Guard:
+    """The guard once it has seen what the weights and their average make of a batch.
+
+    Args:
+      reconstruction: the reconstruction terms, weighted and summed.
+      averaged: those of the averaged weights on the same batch.
+      age: as in `compares`.
+    """
+    tiny = float(jnp.finfo(jnp.float32).tiny)
+    gap = jnp.log(jnp.maximum(reconstruction, tiny) / jnp.maximum(averaged, tiny))
+    share = _share(config.window, jnp.maximum(guard.compared, 1))
+    usual, deviation = guard.gap / share, jnp.sqrt(guard.spread / share)
+    judged = _judged(guard, age >= 0)
+    margin = math.log1p(config.margin)
+    leap = jnp.maximum(guard.leap + gap - usual - margin - deviation / 2, 0.0)
+    leap = jnp.where(judged & (guard.compared >= config.window), leap, 0.0)
+
+    def learned(average: Array, value: Array) -> Array:
+        return jnp.where(judged, average, _moved(average, value, config.window))
+
+    guard = dataclasses.replace(
+        guard,
+        compared=guard.compared + ~judged,
+        gap=learned(guard.gap, gap),
+        spread=learned(guard.spread, jnp.square(gap - usual)),
+        leap=leap,
+    )
+    return _acted(config, guard, leap > jnp.maximum(margin, config.sure * deviation))
+
+
+def observe(
+    config: GuardConfig,
+    guard: Guard,
+    reconstruction: Float[Array, ""],
+    weight: Float[Array, ""],
+    begun: Bool[Array, ""],
 ) -> Guard:
     """The guard after one more step.
 
     Args:
       reconstruction: the step's reconstruction terms, weighted and summed.
-      averaged: those of the averaged weights on the same batch, in a step that `compares` asks for.
       weight: its adversarial weight as it would be without a guard; 0 in steps without one.
-      age: steps since the generator first saw the discriminator, held or not; negative before.
+      begun: whether the generator sees the discriminator, held or not.
     """
-    shown = (age >= 0) & (guard.holding == 0)
-    judged = shown & (guard.stage < 3) & (guard.factor > 0)
-    tiny = float(jnp.finfo(jnp.float32).tiny)
-    gap = jnp.log(jnp.maximum(reconstruction, tiny) / jnp.maximum(averaged, tiny))
-    compared = _compared(config, guard, gap, judged)
-    guard = jax.tree.map(
-        lambda new, old: jnp.where(compares(config, guard, age), new, old),
-        compared,
-        dataclasses.replace(guard, leap=jnp.zeros(())),
-    )
     guard = _averaged(config, guard, reconstruction, weight)
-    over = judged & _above(config, guard, weight)
+    over = _judged(guard, begun) & _above(config, guard, weight)
     broken = jnp.where(over, guard.broken + 1, 0)
-    quiet = jnp.where(over, 0, guard.quiet + shown)
-    fires = (broken >= config.patience) | _leaps(config, guard)
+    quiet = jnp.where(over, 0, guard.quiet + begun * (guard.holding == 0))
+    guard = dataclasses.replace(
+        guard, broken=broken, quiet=quiet, holding=jnp.maximum(guard.holding - 1, 0)
+    )
+    guard = _acted(config, guard, broken >= config.patience)
+    calm = (guard.stage < 3) & (guard.quiet >= config.calm)
+    return dataclasses.replace(guard, stage=jnp.where(calm, 0, guard.stage))
 
+
+def _judged(guard: Guard, begun: Bool[Array, ""]) -> Bool[Array, ""]:
+    """Whether the term is in, so that what happens is its doing."""
+    return begun & (guard.holding == 0) & (guard.stage < 3) & (guard.factor > 0)
+
+
+def _acted(config: GuardConfig, guard: Guard, fires: Bool[Array, ""]) -> Guard:
+    """What a break leads to."""
     holds = fires & (guard.stage == 0)
     lowers = fires & (guard.stage == 1)
     asks = fires & (guard.stage == 2) & (guard.returns < config.max_returns)
     gives_up = fires & (guard.stage == 2) & (guard.returns >= config.max_returns)
     factor = jnp.where(lowers, guard.factor / 2, guard.factor)
     stage = jnp.where(holds | lowers | asks, guard.stage + 1, guard.stage)
-    forgiven = gives_up | ((stage < 3) & (quiet >= config.calm))
     return dataclasses.replace(
         guard,
-        broken=jnp.where(fires, 0, broken),
-        quiet=jnp.where(fires, 0, quiet),
-        holding=jnp.where(holds | lowers, config.hold, jnp.maximum(guard.holding - 1, 0)),
-        stage=jnp.where(forgiven, 0, stage),
-        factor=jnp.where(gives_up, 0.0, factor),
         leap=jnp.where(fires, 0.0, guard.leap),
-        breaks=guard.breaks + fires,
+        broken=jnp.where(fires, 0, guard.broken),
+        quiet=jnp.where(fires, 0, guard.quiet),
+        holding=jnp.where(holds | lowers, config.hold, guard.holding),
+        stage=jnp.where(gives_up, 0, stage),
+        factor=jnp.where(gives_up, 0.0, factor),
+        spoilt=jnp.where(fires, 1, guard.spoilt),
         holds=guard.holds + holds,
         lowers=guard.lowers + lowers,
     )
-
-
-def _compared(
-    config: GuardConfig, guard: Guard, gap: Float[Array, ""], judged: Bool[Array, ""]
-) -> Guard:
-    """Learns what gap is usual while the term is out; adds up what is above it while it is in."""
-    usual, deviation = _usual_gap(config, guard)
-    above = gap - usual - math.log1p(config.margin) - deviation / 2
-    trusted = guard.compared >= config.window
-    learned = dataclasses.replace(
-        guard,
-        compared=guard.compared + 1,
-        gap=_moved(guard.gap, gap, config.window),
-        spread=_moved(guard.spread, jnp.square(gap - usual), config.window),
-        leap=jnp.zeros(()),
-    )
-    leap = jnp.where(trusted, jnp.maximum(guard.leap + above, 0.0), 0.0)
-    summed = dataclasses.replace(guard, leap=leap)
-    return jax.tree.map(lambda new, old: jnp.where(judged, new, old), summed, learned)
-
-
-def _usual_gap(config: GuardConfig, guard: Guard) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    share = _share(config.window, jnp.maximum(guard.compared, 1))
-    return guard.gap / share, jnp.sqrt(guard.spread / share)
-
-
-def _leaps(config: GuardConfig, guard: Guard) -> Bool[Array, ""]:
-    _, deviation = _usual_gap(config, guard)
-    return guard.leap > jnp.maximum(math.log1p(config.margin), config.sure * deviation)
 
 
 def _averaged(
@@ -264,8 +272,19 @@ def guard_metrics(guard: Guard) -> dict[str, Float[Array, ""]]:
 class Watch:
     """The guard as the training loop sees it, on the host; states have a field `guard`."""
 
-    def __init__(self) -> None:
+    def __init__(self, look: Callable[[Any, Any], tuple[Any, Any]], begin: int) -> None:
+        """
+        Args:
+          look: from a state and a batch to the state after `compare`, and nothing else.
+          begin: the first step, counted from 0, before which it is needed.
+        """
+        self._look = look
+        self._begin = begin
         self._seen: dict[str, int] = {}
+
+    def look(self, state: Any, batch: Any, step: int) -> Any:
+        """The state that goes into a step, once the guard has seen its batch."""
+        return self._look(state, batch)[0] if step >= self._begin else state
 
     def calm(self, state: Any) -> bool:
         """Whether nothing is wrong, so that a checkpoint of the state is one to return to."""

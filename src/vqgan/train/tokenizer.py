@@ -51,7 +51,7 @@ from vqgan.train.adversarial import (
     play_once_begun,
 )
 from vqgan.train.config import LossConfig, TokenizerTraining
-from vqgan.train.guard import Watch, compares, guard_metrics, new_guard, observe
+from vqgan.train.guard import Watch, compare, compares, guard_metrics, new_guard, observe
 from vqgan.train.optim import optimizer
 from vqgan.train.run_directory import claim
 from vqgan.train.state import (
@@ -137,9 +137,7 @@ def step(
     # Forward, up to the decoder's features and then through the last layer.
     def forward(params: nnx.State) -> tuple[tuple[Array, Array], Any]:
         tokenizer = nnx.merge(stage.tokenizer, params, state.codebook_stats)
-        z = tokenizer.latents(images, key)
-        q = tokenizer.quantizer(z, key=jax.random.fold_in(key, 3), step=state.step)
-        features = tokenizer.decoder_features(q.z_q, key)
+        z, q, features = _decoded(tokenizer, images, key, state.step)
         return (features, sum(q.losses.values())), (z, q, tokenizer.quantizer.statistics(q.ids))
 
     (features, codebook_loss), pull, aux = jax.vjp(forward, state.params, has_aux=True)
@@ -173,32 +171,17 @@ def step(
     metrics = terms | q.losses | game.metrics | statistics
     metrics["loss"] = nll + loss.codebook_weight * codebook_loss + game.loss
     metrics["grad_norm"] = optax.tree.norm(grads)
-    ema = _average(state.ema, updated, params, stage.config.ema_decay)
-
-    # What the averaged weights make of the batch, where the guard asks for it.
-    def averaged_nll() -> Float[Array, ""]:
-        features = forward(state.ema)[0][0]
-        averaged = _apply_last(stage, state.ema["decoder"]["conv_out"], features)
-        return _reconstruction_terms(averaged, images, loss, lpips)[0]
-
     guard = state.guard
     if loss.guard and disc_start(stage.config) >= 0:
-        age = state.step - disc_start(stage.config)
-        compared = compares(loss.guard_rule, guard, age)
-        averaged = jax.lax.cond(compared, averaged_nll, lambda: nll)
-        guard = observe(loss.guard_rule, guard, nll, averaged, game.balance, age)
+        begun = state.step >= disc_start(stage.config)
+        guard = observe(loss.guard_rule, guard, nll, game.balance, begun)
         metrics |= guard_metrics(guard)
-        # A break takes the weights back to their average of before this step.
-        broke = guard.breaks > state.guard.breaks
-        params, ema = jax.tree.map(
-            lambda old, new: jnp.where(broke, old, new), (state.ema, state.ema), (params, ema)
-        )
     new = TokenizerState(
         step=state.step + 1,
         params=params,
         codebook_stats=codebook_stats,
         optim=optim,
-        ema=ema,
+        ema=_average(state.ema, updated, params, stage.config.ema_decay),
         disc_params=game.disc_params,
         disc_stats=game.disc_stats,
         disc_optim=game.disc_optim,
@@ -206,6 +189,44 @@ def step(
         guard=guard,
     )
     return new, metrics
+
+
+def look(
+    stage: Stage1, state: TokenizerState, batch: Batch, key: Key[Array, ""], lpips: LPIPS | None
+) -> tuple[TokenizerState, Metrics]:
+    """What the guard does before a step: see train/guard.py. The arguments are those of `step`.
+
+    A program of its own, so that a run in which the guard finds nothing computes to the bit what it
+    would without one: inside of the step it would change the order of sums.
+    """
+    rule, guard = stage.config.loss.guard_rule, state.guard
+    age = state.step - disc_start(stage.config)
+    key = jax.random.fold_in(key, state.step)
+    images = to_float(batch["image"])
+
+    def nll(params: nnx.State) -> Float[Array, ""]:
+        tokenizer = nnx.merge(stage.tokenizer, params, state.codebook_stats)
+        features = _decoded(tokenizer, images, key, state.step)[2]
+        reconstruction = _apply_last(stage, params["decoder"]["conv_out"], features)
+        return _reconstruction_terms(reconstruction, images, stage.config.loss, lpips)[0]
+
+    guard = jax.lax.cond(
+        compares(rule, guard, age),
+        lambda: compare(rule, guard, nll(state.params), nll(state.ema), age),
+        lambda: dataclasses.replace(guard, leap=jnp.zeros(())),
+    )
+    params = jax.lax.cond(guard.spoilt > 0, lambda: state.ema, lambda: state.params)
+    guard = dataclasses.replace(guard, spoilt=jnp.zeros((), jnp.int32))
+    return dataclasses.replace(state, params=params, guard=guard), {}
+
+
+def _decoded(
+    tokenizer: Tokenizer, images: Images, key: Key[Array, ""], step: Array
+) -> tuple[Array, Any, Array]:
+    """Latents, what the quantizer makes of them, the features before the decoder's last layer."""
+    z = tokenizer.latents(images, key)
+    q = tokenizer.quantizer(z, key=jax.random.fold_in(key, 3), step=step)
+    return z, q, tokenizer.decoder_features(q.z_q, key)
 
 
 def _apply_last(stage: Stage1, last: nnx.State, features: Array) -> Images:
@@ -291,14 +312,20 @@ def train_tokenizer(
     state = create(init, mesh)
     if start is not None:
         state = _started(state, *start)
+    fixed = {
+        "key": jax.random.key(run.seed),
+        "lpips": load_lpips(config.loss.perceptual) if config.loss.perceptual_weight else None,
+    }
     one_step = compiled(
         functools.partial(step, stage),
         state,
         mesh,
-        key=jax.random.key(run.seed),
-        lpips=load_lpips(config.loss.perceptual) if config.loss.perceptual_weight else None,
         extractor=feature_extractor(config, extractor),
+        **fixed,
     )
+    looks = compiled(functools.partial(look, stage), state, mesh, **fixed)
+    guarded = config.loss.guard and disc_start(config) >= 0
+    watch = Watch(looks, disc_start(config) - config.loss.guard_rule.window) if guarded else None
     judge = load_lpips("vgg16") if config.model.autoencoder.in_channels in (1, 3) else None
 
     def averaged(state: TokenizerState) -> Tokenizer:
@@ -320,7 +347,6 @@ def train_tokenizer(
             steps = int(state.step)
             tokenizer.save_pretrained(directory, provenance={"data": data.source, "steps": steps})
 
-    guarded = config.loss.guard and disc_start(config) >= 0
     state = loop.fit(
         state,
         one_step,
@@ -334,7 +360,7 @@ def train_tokenizer(
         images_per_step=data.batch_size,
         meta={"config": to_json(config)},
         best_of="l1",
-        watch=Watch() if guarded else None,
+        watch=watch,
         # A good state to return to: the last before the generator sees the discriminator.
         save_at=disc_start(config) if guarded else 0,
         deadline=deadline,
