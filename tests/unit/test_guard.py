@@ -9,30 +9,57 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_loop import Run
 from test_train_step import KEY, batch, same, setup, step, with_loss
 
 from vqgan.data.pipeline import DataConfig
+from vqgan.pictures import to_float
 from vqgan.train import loop
 from vqgan.train.checkpoint import Checkpoints
 from vqgan.train.config import RunConfig
-from vqgan.train.guard import Guard, GuardConfig, Watch, guard_metrics, new_guard, observe, strength
+from vqgan.train.guard import (
+    Guard,
+    GuardConfig,
+    Watch,
+    compare,
+    compares,
+    guard_metrics,
+    new_guard,
+    observe,
+    strength,
+)
 from vqgan.train.loop import Stopped
 from vqgan.train.metrics import read_metrics
 from vqgan.train.reconstruction import Perceptual
-from vqgan.train.tokenizer import train_tokenizer
+from vqgan.train.tokenizer import look, train_tokenizer
 
 RULE = GuardConfig(window=20, patience=3, hold=15, calm=40, max_returns=1)
-one_step = jax.jit(functools.partial(observe, RULE))
 
 
-def watched(values, guard=None, *, start=40, weights=None):
-    """The guard after each of some reconstruction terms; the discriminator is in from `start`."""
+@functools.partial(jax.jit, static_argnames="rule")
+def one_step(guard, value, averaged, weight, age, rule=RULE):
+    """What a run does with its guard before and after a step."""
+    guard = jax.lax.cond(
+        compares(rule, guard, age),
+        lambda: compare(rule, guard, value, averaged, age),
+        lambda: dataclasses.replace(guard, leap=jnp.zeros(())),
+    )
+    return observe(rule, guard, value, weight, age >= 0)
+
+
+def watched(values, guard=None, *, start=40, weights=None, averaged=None):
+    """The guard after each of some reconstruction terms; the discriminator is in from `start`.
+
+    Averaged weights have the same terms unless told otherwise: then nothing is a leap.
+    """
     guard, guards = guard or new_guard(), []
     weights = np.ones(len(values)) if weights is None else weights
-    for value, weight in zip(values, weights, strict=True):
-        begun = guard.watched >= start
-        guard = one_step(guard, jnp.float32(value), jnp.float32(weight), begun)
+    averaged = values if averaged is None else averaged
+    for numbers in zip(values, averaged, weights, strict=True):
+        guard = one_step(guard, *map(jnp.float32, numbers), guard.watched - start)
         guards.append(guard)
     return guards
 
@@ -106,6 +133,86 @@ def test_a_surging_weight_halves_the_margin():
     assert watched(terms, weights=np.r_[np.zeros(50), np.ones(150)])[-1].holds == 0
 
 
+def difficult(steps, noise=0.3, seed=0):
+    """Terms of averaged weights: batches differ by a factor that drowns what is to be seen."""
+    return np.exp(np.random.default_rng(seed).normal(0, noise, steps))
+
+
+def test_a_new_term_that_is_worse_than_the_average_is_held_within_few_steps():
+    """By 40 % where the gap varies by 3 % and batches by 30."""
+    averaged = difficult(120)
+    gaps = np.random.default_rng(1).normal(0.05, 0.03, 120) + (np.arange(120) >= 60) * np.log(1.4)
+    guards = watched(averaged * np.exp(gaps), start=60, averaged=averaged)
+    held = first(guards, lambda g: g.holds == 1)
+    assert 60 <= held <= 62
+    assert guards[held].spoilt == 1 and guards[held].leap == 0 and strength(guards[held]) == 0
+
+
+def test_an_old_term_is_judged_by_its_fast_average_alone():
+    averaged = np.ones(200)
+    values = np.where(np.arange(200) >= 60 + RULE.window, 1.5, 1.0)
+    late = first(watched(values, start=60, averaged=averaged), lambda g: g.holds == 1)
+    values = np.where(np.arange(200) >= 60 + RULE.window - 1, 1.5, 1.0)
+    soon = first(watched(values, start=60, averaged=averaged), lambda g: g.holds == 1)
+    assert soon == 60 + RULE.window - 1 and late > soon + RULE.patience
+
+
+def test_the_averaged_weights_are_asked_around_each_coming_of_the_term():
+    guards = watched([1.0] * 80 + [2.0] * 5 + [1.0] * 100, start=60)
+    asked = [bool(compares(RULE, g, g.watched - 60)) for g in guards]
+    held = first(guards, lambda g: g.holds == 1)
+    window, back = RULE.window, held + RULE.hold
+    # Entry i is about step i + 1, the step after guard i.
+    assert not any(asked[: 60 - window - 1]) and all(asked[60 - window - 1 : 60 + window - 1])
+    assert all(asked[held : back + window]) and not any(asked[back + window :])
+
+
+def test_what_is_usual_is_learnt_without_the_term_only():
+    averaged = np.ones(100)
+    values = np.where(np.arange(100) < 60, 1.2, 1.25)
+    guards = watched(values, start=60, averaged=averaged)
+    np.testing.assert_allclose(
+        guards[-1].gap / (1 - (1 - 1 / RULE.window) ** RULE.window), np.log(1.2), rtol=1e-5
+    )
+    assert guards[-1].compared == RULE.window
+    # Before so many steps are compared, nothing is a leap.
+    early = watched(np.where(np.arange(60) < 10, 1.0, 1.3), start=10, averaged=np.ones(60))
+    assert all(g.leap == 0 for g in early)
+
+
+@jax.jit
+def leaps(values, averaged, ages):
+    """How many breaks there are where only leaps are."""
+    rule = dataclasses.replace(RULE, patience=10**6)
+
+    def one(guard, x):
+        value, control, age = x
+        return one_step(guard, value, control, jnp.ones(()), age, rule), None
+
+    guard = jax.lax.scan(one, new_guard(), (values, averaged, ages))[0]
+    return guard.holds + guard.lowers
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 2**31),
+    usual=st.floats(-0.3, 0.3),
+    deviation=st.floats(0.001, 0.05),
+    rise=st.floats(-0.2, 0.03),
+    jump=st.floats(0.4, 2.0),
+)
+def test_noise_and_a_small_rise_are_no_leap_and_a_jump_is_one(seed, usual, deviation, rise, jump):
+    ages = np.arange(80) - 60
+    averaged = difficult(80, 0.5, seed)
+    noise = np.random.default_rng(seed).uniform(-1.7, 1.7, 80) * deviation + usual
+    for change, least, most in ((rise, 0, 0), (jump, 1, 2)):
+        values = averaged * np.exp(noise + (ages >= 0) * change)
+        breaks = leaps(
+            *(jnp.asarray(x, jnp.float32) for x in (values, averaged)), jnp.asarray(ages)
+        )
+        assert least <= breaks <= most
+
+
 @dataclasses.dataclass(frozen=True)
 class State:
     guard: Guard
@@ -113,7 +220,7 @@ class State:
 
 def test_a_return_keeps_the_lesson_and_the_last_one_gives_up():
     guards = watched(wreck())
-    watch = Watch()
+    watch = Watch(lambda state, batch: (state, {}), 0)
     assert watch.news(State(guards[0])) == [] and watch.calm(State(guards[0]))
     good, bad = State(guards[50]), State(guards[-1])
     assert watch.asks(bad) and not watch.calm(bad)
@@ -135,6 +242,9 @@ class Alarm:
 
     def __init__(self):
         self.returns = 0
+
+    def look(self, state, batch, step):
+        return state
 
     def calm(self, state):
         return int(state["count"]) < 15 or self.returns > 0
@@ -226,6 +336,63 @@ def test_a_held_term_moves_the_discriminator_only():
     assert metrics["adversarial_weight"] == 0 and not same(held.disc_params, init().disc_params)
 
 
+def test_the_loop_shows_each_batch_to_its_guard_before_the_step(tmp_path):
+    class Nosy(Alarm):
+        def look(self, state, batch, step):
+            run.events.append(f"look {step}")
+            return state
+
+    run = Run(tmp_path, steps=3)
+    run.fit(watch=Nosy())
+    steps = [event for event in run.events if event.startswith(("look", "step"))]
+    assert steps == ["look 0", "step 0", "look 1", "step 1", "look 2", "step 2"]
+    calls = []
+    watch = Watch(lambda state, batch: (calls.append(batch), {}), 2)
+    assert [watch.look("state", i, i) for i in range(2)] == ["state", "state"]
+    watch.look("state", 2, 2)
+    assert calls == [2]
+
+
+@pytest.mark.slow
+def test_a_break_takes_the_weights_back_to_their_average():
+    stage, init = setup(with_loss(disc_start=0, guard_rule=RULE))
+    looks = jax.jit(functools.partial(look, stage, perceptual=Perceptual()))
+    state = init()
+    state = dataclasses.replace(state, ema=jax.tree.map(lambda x: x * 0.9, state.params))
+    looked, _ = looks(state, batch(), key=KEY)
+    assert same(dataclasses.replace(looked, guard=state.guard), state)
+    assert looked.guard.compared == 0  # the term is in: there is nothing to learn
+    spoilt = dataclasses.replace(state.guard, spoilt=jnp.int32(1))
+    back, _ = looks(dataclasses.replace(state, guard=spoilt), batch(), key=KEY)
+    assert same(back.params, state.ema) and back.guard.spoilt == 0
+    # All else goes on; a usual gap below what is found here is a leap, and that is a break.
+    usual = dataclasses.replace(
+        state.guard, watched=jnp.int32(99), compared=jnp.int32(99), gap=jnp.float32(-9.0)
+    )
+    leapt, _ = looks(dataclasses.replace(state, guard=usual), batch(), key=KEY)
+    assert leapt.guard.holds == 1 and same(leapt.params, state.ema)
+    assert same(leapt.optim, state.optim) and same(leapt.ema, state.ema)
+
+
+@pytest.mark.slow
+def test_the_gap_is_that_of_the_weights_to_their_average_on_the_batch():
+    stage, init = setup(with_loss(disc_start=1, guard_rule=RULE))
+    state = init()
+    state = dataclasses.replace(state, ema=jax.tree.map(lambda x: x * 0.9, state.params))
+    looked, _ = jax.jit(functools.partial(look, stage, perceptual=Perceptual()))(
+        state, batch(), key=KEY
+    )
+    x = to_float(batch()["image"])
+    l1 = [
+        jnp.abs(x - nnx.merge(stage.tokenizer, p, state.codebook_stats)(x).reconstruction).mean()
+        for p in (state.params, state.ema)
+    ]
+    assert looked.guard.compared == 1
+    np.testing.assert_allclose(
+        looked.guard.gap * RULE.window, np.log(l1[0] / l1[1]), rtol=1e-4, atol=1e-6
+    )
+
+
 @pytest.mark.slow
 def test_a_run_that_returns_is_the_same_when_it_was_killed_in_between(
     tmp_path, capsys, monkeypatch
@@ -245,7 +412,9 @@ def test_a_run_that_returns_is_the_same_when_it_was_killed_in_between(
     assert told == sorted(told)
     lines = [x for x in read_metrics(tmp_path / "whole" / "metrics.jsonl") if "guard_factor" in x]
     assert [x["step"] for x in lines] == [*range(1, 11), *range(5, 23)]
-    assert [x["guard_factor"] for x in lines[:6]] == [1, 1, 1, 1, 0, 1]
+    # What the step after has, unless a leap is seen before it: held in 5, lowered before 6.
+    assert [x["guard_factor"] for x in lines[:7]] == [1, 1, 1, 1, 1, 0.5, 0]
+    assert [x["adversarial_weight"] > 0 for x in lines[:7]] == [False] * 7
     assert lines[-1]["guard_factor"] == 0 and lines[-1]["guard_returns"] == 1
 
     stop_asked = loop._stop_asked

@@ -67,6 +67,7 @@ class Stream(Protocol):
 class Watch(Protocol):
     """What the loop asks of a run's guard; vqgan/train/guard.py is one."""
 
+    def look(self, state: Any, batch: Any, step: int) -> Any: ...
     def calm(self, state: Any) -> bool: ...
     def asks(self, state: Any) -> bool: ...
     def returned(self, good: Any, bad: Any) -> Any: ...
@@ -168,7 +169,10 @@ def fit(
                         if owed and calm():
                             save()
                             owed = False
-                state, metrics = step(state, next(streams))
+                batch = next(streams)
+                if watch is not None:
+                    state = watch.look(state, batch, done)
+                state, metrics = step(state, batch)
                 done += 1
                 unchecked.append((done, metrics))
                 log.advance(done)

@@ -54,7 +54,7 @@ from vqgan.train.adversarial import (
 )
 from vqgan.train.code_use import code_metrics, new_code_use, seen
 from vqgan.train.config import TokenizerTraining
-from vqgan.train.guard import Watch, guard_metrics, new_guard, observe
+from vqgan.train.guard import Watch, compare, compares, guard_metrics, new_guard, observe
 from vqgan.train.optim import optimizer
 from vqgan.train.reconstruction import Perceptual, perceptual_networks, reconstruction_terms
 from vqgan.train.run_directory import claim
@@ -142,9 +142,7 @@ def step(
     # Forward, up to the decoder's features and then through the last layer.
     def forward(params: nnx.State) -> tuple[tuple[Array, Array], Any]:
         tokenizer = nnx.merge(stage.tokenizer, params, state.codebook_stats)
-        z = tokenizer.latents(images, key)
-        q = tokenizer.quantizer(z, key=jax.random.fold_in(key, 3), step=state.step)
-        features = tokenizer.decoder_features(q.z_q, key)
+        z, q, features = _decoded(tokenizer, images, key, state.step)
         return (features, sum(q.losses.values())), (z, q, tokenizer.quantizer.occurrences(q.ids))
 
     (features, codebook_loss), pull, aux = jax.vjp(forward, state.params, has_aux=True)
@@ -199,6 +197,48 @@ def step(
         guard=guard,
     )
     return new, metrics
+
+
+def look(
+    stage: Stage1,
+    state: TokenizerState,
+    batch: Batch,
+    key: Key[Array, ""],
+    perceptual: Perceptual,
+) -> tuple[TokenizerState, Metrics]:
+    """What the guard does before a step: see train/guard.py. The arguments are those of `step`.
+
+    A program of its own, so that a run in which the guard finds nothing computes to the bit what it
+    would without one: inside of the step it would change the order of sums.
+    """
+    rule, guard = stage.config.loss.guard_rule, state.guard
+    age = state.step - disc_start(stage.config)
+    key = jax.random.fold_in(key, state.step)
+    images = to_model(batch["image"], stage.config.model.autoencoder.in_channels)
+
+    def nll(params: nnx.State) -> Float[Array, ""]:
+        tokenizer = nnx.merge(stage.tokenizer, params, state.codebook_stats)
+        features = _decoded(tokenizer, images, key, state.step)[2]
+        reconstruction = _apply_last(stage, params["decoder"]["conv_out"], features)
+        return reconstruction_terms(reconstruction, images, stage.config.loss, perceptual)[0]
+
+    guard = jax.lax.cond(
+        compares(rule, guard, age),
+        lambda: compare(rule, guard, nll(state.params), nll(state.ema), age),
+        lambda: dataclasses.replace(guard, leap=jnp.zeros(())),
+    )
+    params = jax.lax.cond(guard.spoilt > 0, lambda: state.ema, lambda: state.params)
+    guard = dataclasses.replace(guard, spoilt=jnp.zeros((), jnp.int32))
+    return dataclasses.replace(state, params=params, guard=guard), {}
+
+
+def _decoded(
+    tokenizer: Tokenizer, images: Images, key: Key[Array, ""], step: Array
+) -> tuple[Array, Any, Array]:
+    """Latents, what the quantizer makes of them, the features before the decoder's last layer."""
+    z = tokenizer.latents(images, key)
+    q = tokenizer.quantizer(z, key=jax.random.fold_in(key, 3), step=step)
+    return z, q, tokenizer.decoder_features(q.z_q, key)
 
 
 def _apply_last(stage: Stage1, last: nnx.State, features: Array) -> Images:
@@ -278,14 +318,17 @@ def train_tokenizer(
     state = create(init, mesh)
     if start is not None:
         state = _started(state, *start)
+    fixed = {"key": jax.random.key(run.seed), "perceptual": perceptual}
     one_step = compiled(
         functools.partial(step, stage),
         state,
         mesh,
-        key=jax.random.key(run.seed),
-        perceptual=perceptual,
         extractor=feature_extractor(config, extractor),
+        **fixed,
     )
+    looks = compiled(functools.partial(look, stage), state, mesh, **fixed)
+    guarded = config.loss.guard and disc_start(config) >= 0
+    watch = Watch(looks, _first_look(config)) if guarded else None
     judge = load_lpips("vgg16") if channels in (1, 3) and content != "labels" else None
 
     def averaged(state: TokenizerState) -> Tokenizer:
@@ -310,7 +353,6 @@ def train_tokenizer(
             steps = int(state.step)
             tokenizer.save_pretrained(directory, provenance={"data": data.source, "steps": steps})
 
-    guarded = config.loss.guard and disc_start(config) >= 0
     state = loop.fit(
         state,
         one_step,
@@ -324,12 +366,19 @@ def train_tokenizer(
         images_per_step=data.batch_size,
         meta={"config": to_json(config)},
         best_of="bce" if content == "labels" else "l1",
-        watch=Watch() if guarded else None,
+        watch=watch,
         # A good state to return to: the last before the generator sees the discriminator.
         save_at=disc_start(config) if guarded else 0,
         deadline=deadline,
     )
     return averaged(state)
+
+
+def _first_look(config: TokenizerTraining) -> int:
+    """The step from which the guard is shown batches; never where nothing is averaged."""
+    if not config.ema_decay:
+        return config.run.steps
+    return disc_start(config) - config.loss.guard_rule.window
 
 
 def _start(source: str) -> tuple[Tokenizer, Discriminator | None]:
