@@ -1,10 +1,10 @@
 """Collapse: a codebook far too large for its data, and how much of it each quantizer keeps in use.
 
-The embedded emoji at 32 pixels, a small network with an L1 loss alone, and about 2^14 codes: more
-than one for every three of the tokens of a whole epoch's images could ever need. All runs have the
-same network, data, steps and Adam; quantizers bring their own defaults but for what their names
-say. After every 50 steps 1,500 training images (96,000 tokens) are encoded: the share of codes that
-occur, their perplexity, and the PSNR of held-out images.
+The embedded emoji at 32 pixels, a small network with an L1 loss alone, and about 2^14 codes:
+sixteen for every token of a batch. All runs have the same network, data, steps and Adam; quantizers
+bring their own defaults but for what their names say. After every 50 steps 1,500 training images
+(96,000 tokens) are encoded: the share of codes that occur, their perplexity, and the PSNR of
+held-out images.
 
     python benchmarks/collapse.py --out runs/collapse [--steps 400]
 
@@ -129,7 +129,7 @@ def draw(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
     right.set_title("held-out PSNR, dB")
     for axes in (left, right):
         axes.set_xlabel("step")
-    right.legend(fontsize=8)
+    right.legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=100)
 
 

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Key
+from jaxtyping import Array, Float, Key
 
 from vqgan.adversarial.classifier import Classifier
 from vqgan.adversarial.discriminators import (
