@@ -48,7 +48,7 @@ def autoencoder(channels):
         attention_resolutions=(),
         resolution=16,
         z_channels=8,
-        norm_groups=1,
+        norm_groups=4,
     )
 
 
@@ -59,7 +59,7 @@ LABELS = TokenizerTraining(
         content="labels",
     ),
     loss=LossConfig(reconstruction="bce", perceptual_weight=0.0, disc_start=-1),
-    optim=OptimConfig(lr=1e-2, betas=(0.9, 0.99)),
+    optim=OptimConfig(lr=3e-3, betas=(0.9, 0.99)),
     ema_decay=0.0,
     data=DataConfig(image_size=16, batch_size=8, holdout=0.25, threads=2),
     run=RunConfig(

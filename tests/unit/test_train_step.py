@@ -310,7 +310,7 @@ def test_a_first_batch_whose_codes_are_all_zero_has_gradients():
     """FSQ of few levels rounds what is small to 0, and an untrained encoder's latents can be."""
     model = dataclasses.replace(CONFIG.model, quantizer=FSQConfig(levels=(4, 3, 3)))
     stage, init = setup(dataclasses.replace(with_loss(disc_start=-1), model=model))
-    jitted, state = jax.jit(functools.partial(step, stage, lpips=None)), init()
+    jitted, state = jax.jit(functools.partial(step, stage, perceptual=Perceptual())), init()
     small = jax.tree.map(lambda x: x * 0.01, state.params["quant_conv"])
     state.params["quant_conv"] = small
     tokenizer = nnx.merge(stage.tokenizer, state.params, state.codebook_stats)
