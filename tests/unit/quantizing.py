@@ -112,5 +112,7 @@ def rotation_by_matrices(z, code):
 
 
 def gumbel_logits(quantizer, z):
-    kernel = np.asarray(quantizer.proj.kernel[...], np.float64)[0, 0]
-    return np.asarray(z, np.float64) @ kernel + np.asarray(quantizer.proj.bias[...], np.float64)
+    weight, bias = (
+        np.asarray(x[...], np.float64) for x in (quantizer.proj_weight, quantizer.proj_bias)
+    )
+    return np.asarray(z, np.float64) @ weight.T + bias

@@ -175,10 +175,10 @@ def turned(quantizer, z, weights):
 
 def through_probabilities(quantizer, z, weights):
     """By the Jacobian of `softmax(logits) @ codes`, with logits that are linear in z."""
-    if hasattr(quantizer, "proj"):
+    if hasattr(quantizer, "proj_weight"):
         used = slice(None) if quantizer.used is None else np.asarray(quantizer.used[...])
         logits = gumbel_logits(quantizer, z)[..., used]
-        slope = np.asarray(quantizer.proj.kernel[...], np.float64)[0, 0].T[used]
+        slope = np.asarray(quantizer.proj_weight[...], np.float64)[used]
         temperature = quantizer.config.temperature_end
     else:
         used, slope = slice(None), np.asarray(quantizer.codebook[...], np.float64)
@@ -498,11 +498,12 @@ from vqgan.tokenizer.quantizers import {type(config).__name__}, make_quantizer
 config = {config!r}
 quantizer = make_quantizer(config, rngs=nnx.Rngs(0))
 graphdef, params, rest = nnx.split(quantizer, nnx.Param, ...)
-def objective(z, params):
+del quantizer
+def objective(z, params, rest):
     out = nnx.merge(graphdef, params, rest)(z)
     return out.z_q.sum() + sum(out.losses.values()), out.ids
 z = jax.random.normal(jax.random.key(0), (8, 16, 16, config.dim))
-grads, ids = jax.jit(jax.grad(objective, argnums=(0, 1), has_aux=True))(z, params)
+grads, ids = jax.jit(jax.grad(objective, argnums=(0, 1), has_aux=True))(z, params, rest)
 assert all(jnp.isfinite(x).all() and x.any() for x in jax.tree.leaves(grads))
 assert ids.max() > 2**17
 print(next(line for line in open("/proc/self/status") if "VmHWM" in line).split()[1])

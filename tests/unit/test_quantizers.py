@@ -251,7 +251,7 @@ def test_vq_used_codes_may_be_listed_twice():
 @pytest.fixture
 def gumbel():
     quantizer = make(GUMBEL)
-    quantizer.proj.bias[...] = latents(6, (12,))
+    quantizer.proj_bias[...] = latents(6, (12,))
     return quantizer
 
 
@@ -286,7 +286,7 @@ def test_gumbel_draws_at_the_temperature_of_the_step(gumbel, step):
     assert (np.asarray(hard.ids) != np.asarray(run(gumbel, z).ids)).any()
     # Either way the latents get the gradient of the mean by the probabilities.
     to_logits = p * (weights @ table.T - (p * (weights @ table.T)).sum(-1, keepdims=True))
-    expected = to_logits / temperature @ np.asarray(gumbel.proj.kernel[...])[0, 0].T
+    expected = to_logits / temperature @ np.asarray(gumbel.proj_weight[...])
     chosen = {"hard": np.eye(12)[p.argmax(-1)], "soft": p}
     for quantizer, name in ((gumbel, "hard"), (soft, "soft")):
         to_z, to_params = gradients(
@@ -323,6 +323,20 @@ def test_gumbel_without_a_step_is_at_the_end_of_its_schedule(gumbel):
         strict=True,
     ):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
+
+
+def test_gumbel_divergence_has_the_gradient_of_its_formula(gumbel):
+    def formula(z, weight, bias):
+        p = jax.nn.softmax(jnp.einsum("bhwd,kd->bhwk", z, weight) + bias[None, None, None])
+        return 0.3 * (p * jnp.log(12 * p)).sum(-1).mean()
+
+    z = 3 * latents()
+    to_z, to_params = gradients(gumbel, z, lambda out: out.losses["kl"])
+    given = z, gumbel.proj_weight[...], gumbel.proj_bias[...]
+    expected = jax.grad(formula, argnums=(0, 1, 2))(*given)
+    found = to_z, to_params["proj_weight"], to_params["proj_bias"]
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_gumbel_used_never_chooses_another():
@@ -404,6 +418,22 @@ def test_ibq_gradient_reaches_the_latents_and_every_code(of):
     np.testing.assert_allclose(to_z, to_logits @ table + direct, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(to_params["codebook"], through_p + chosen, rtol=1e-4, atol=1e-5)
     assert (~hard.any((0, 1, 2))).any() and to_params["codebook"].all()
+
+
+@pytest.mark.parametrize("name", ["sample_entropy", "batch_entropy"])
+def test_ibq_entropies_have_the_gradients_of_their_formulas(name):
+    def formula(z, table):
+        p = jax.nn.softmax(jnp.einsum("bhwd,kd->bhwk", z, table) / 0.5)
+        if name == "sample_entropy":
+            return 0.2 * -(p * jnp.log(p)).sum(-1).mean()
+        mean = p.mean((0, 1, 2))
+        return -0.2 * 0.7 * -(mean * jnp.log(mean)).sum()
+
+    quantizer, z = make(dataclasses.replace(IBQ, entropy_weight=0.2, diversity=0.7)), latents()
+    to_z, to_params = gradients(quantizer, z, lambda out: out.losses[name])
+    expected = jax.grad(formula, argnums=(0, 1))(z, quantizer.codebook[...])
+    for a, b in zip((to_z, to_params["codebook"]), expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5 * np.abs(b).max())
 
 
 def test_ibq_losses_pull_where_they_should():

@@ -40,6 +40,8 @@ CONV = Layout(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 
 LINEAR = Layout(lambda x: x.T, lambda x: x.T)
 # A linear layer that is a 1x1 convolution here.
 CONV_OF_LINEAR = Layout(lambda x: x.T[None, None], lambda x: x[0, 0].T)
+# A 1x1 convolution that is a table here, a row an output.
+TABLE_OF_CONV = Layout(lambda x: x[:, :, 0, 0], lambda x: x[:, :, None, None])
 # PyTorch counts in 64 bits.
 INDICES = Layout(lambda x: x.astype(np.int32), lambda x: x.astype(np.int64))
 

@@ -305,6 +305,7 @@ def tokenizer_rules(levels: int, *, gumbel: bool = False) -> Rules:
         (r"\.middle\.attention\.", ".mid.attn_1."),
         (r"\.shortcut\.", ".nin_shortcut."),
         (r"^quantizer\.codebook$", f"quantize.{'embed' if gumbel else 'embedding'}.weight"),
+        (r"^quantizer\.proj_bias$", "quantize.proj.bias"),
         (r"^quantizer\.", "quantize."),
         (r"\.(kernel|scale)$", ".weight"),
     ]
@@ -314,7 +315,10 @@ def tokenizer_table(config: TokenizerConfig) -> Table:
     """Where each variable of a tokenizer lies in a file of taming's."""
     levels = len(config.autoencoder.channel_multipliers)
     gumbel = isinstance(config.quantizer, GumbelConfig)
-    return table.torch_table(abstract(config), tokenizer_rules(levels, gumbel=gumbel))
+    entries = table.torch_table(abstract(config), tokenizer_rules(levels, gumbel=gumbel))
+    if gumbel:
+        entries["quantizer.proj_weight"] = Entry(("quantize.proj.weight",), table.TABLE_OF_CONV)
+    return entries
 
 
 # The way back.

@@ -4,15 +4,22 @@ number of codes.
 Up to `chunk` codes everything is one matrix product, as if this file did not exist. More are taken
 in turn by a scan, which holds `bhw x chunk` floats, and which the backward pass runs again instead
 of keeping what it held. Results differ by rounding alone.
+
+Sums over the probabilities of all codes take two passes: `choose` finds the normaliser of each
+position, a constant to the second pass. The gradient through it is the sum's `slope` there times
+the gradient of the probabilities' `mass`, 1 in value, which the second pass adds up too. So no pass
+goes backwards but the second, and the gradient of a table is held once.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+T = TypeVar("T", bound=Array)
 
 # Of codes that only fill up the last chunk. Finite: 0 · -inf is not a number.
 _HIDDEN = -1e30
@@ -50,11 +57,14 @@ def choose(
 ) -> tuple[Int[Array, "b h w"], list[Float[Array, "b h w"]]]:
     """The code of the largest logit, and logarithms of sums of exponentials over all codes.
 
+    Without a gradient: see `normalised`.
+
     Args:
       views: of (ids of a chunk, its rows of each table), several logits of these codes: the first
         for the choice, each of the others for a sum.
       like: any array over the positions.
     """
+    like, *tables = jax.lax.stop_gradient((like, *tables))
     zero = like[..., 0] * 0.0
     first = jnp.arange(min(chunk, len(tables[0])))
     count = len(jax.eval_shape(views, first, *(table[: len(first)] for table in tables))) - 1
@@ -64,11 +74,35 @@ def choose(
         choice, *others = (hide(view, valid) for view in views(ids, *rows))
         parts = (jax.nn.logsumexp(view, axis=-1) for view in others)
         totals = [jnp.logaddexp(a, b) for a, b in zip(totals, parts, strict=True)]
-        return _better(best, ids, jax.lax.stop_gradient(choice)), totals
+        return _better(best, ids, choice), totals
 
     start = (_no_choice(like), [zero + _HIDDEN] * count)
-    (_, ids), totals = fold(body, start, tables, chunk)
+    (_, ids), totals = jax.lax.stop_gradient(fold(body, start, tables, chunk))
     return ids, totals
+
+
+def with_slope(
+    term: Callable[[Float[Array, "b h w c"]], T], log_p: Float[Array, "b h w c"]
+) -> tuple[T, Float[Array, "b h w"]]:
+    """A sum over some codes, by position or over all, and its slope: its derivative by position
+    where the logarithms of all probabilities there grow alike."""
+    total, pullback = jax.vjp(term, log_p)
+    return total, jnp.sum(pullback(jnp.ones_like(total))[0], axis=-1)
+
+
+def normalised(
+    total: Float[Array, "b h w *d"],
+    slope: Float[Array, "b h w *d"],
+    mass: Float[Array, "b h w *#d"],
+) -> Float[Array, "b h w *d"]:
+    """`total` in value, with the gradient through the normaliser of the probabilities in it.
+
+    Args:
+      total: a sum over all codes, in whose `log_p` the totals of `choose` were constants.
+      slope: of that sum.
+      mass: sum of the probabilities over all codes, with its gradient.
+    """
+    return total - jax.lax.stop_gradient(slope) * (mass - jax.lax.stop_gradient(mass))
 
 
 def fold(

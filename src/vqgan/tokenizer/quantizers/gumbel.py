@@ -22,7 +22,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from vqgan.nn import torch_init
 from vqgan.tokenizer.quantizers.base import (
     CodebookStat,
     Quantizer,
@@ -31,7 +30,15 @@ from vqgan.tokenizer.quantizers.base import (
     check_used_codes,
     straight_through_choice,
 )
-from vqgan.tokenizer.quantizers.chunked import choose, fold, hide, scores, weighted_mean
+from vqgan.tokenizer.quantizers.chunked import (
+    choose,
+    fold,
+    hide,
+    normalised,
+    scores,
+    weighted_mean,
+    with_slope,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,15 +77,10 @@ class GumbelQuantizer(Quantizer):
         self.config = config
         k, used = config.codebook_size, config.used_codes
         self.codebook_size = used or k
-        # Not by `vqgan.nn.conv`: the choice of a code needs the full precision of float32.
-        self.proj = nnx.Conv(
-            config.dim,
-            k,
-            (1, 1),
-            kernel_init=torch_init,
-            precision=jax.lax.Precision.HIGHEST,
-            rngs=rngs,
-        )
+        # A 1x1 convolution by its transpose: a row a code, as the chunks of both tables need it.
+        rows = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=1, out_axis=0)
+        self.proj_weight = nnx.Param(rows(rngs.params(), (k, config.dim), jnp.float32))
+        self.proj_bias = nnx.Param(jnp.zeros((k,)))
         self.codebook = nnx.Param(jax.random.normal(rngs.params(), (k, config.dim)))
         self.used = CodebookStat(jnp.arange(used, dtype=jnp.int32)) if used else None
 
@@ -91,8 +93,7 @@ class GumbelQuantizer(Quantizer):
     ) -> QuantizerOutput:
         z, config = z.astype(jnp.float32), self.config
         temperature, table, constant = self.temperature(step), self._table(), jax.lax.stop_gradient
-        assert self.proj.bias is not None
-        weights, bias = self.proj.kernel[...][0, 0].T, self.proj.bias[...]
+        weights, bias = self.proj_weight[...], self.proj_bias[...]
         if self.used is not None:
             weights, bias = weights[self.used[...]], bias[self.used[...]]
 
@@ -112,13 +113,18 @@ class GumbelQuantizer(Quantizer):
             *logits, codes = parts
             _, *logits = views(ids, *logits)
             log_p = [hide(x, valid) - t[..., None] for x, t in zip(logits, totals, strict=True)]
+            masses = [jnp.sum(jnp.exp(each), axis=-1) for each in log_p]
             mean = weighted_mean(jnp.exp(log_p[0]), constant(codes) if hard else codes)
-            return [sums[0] + mean, sums[1] + self._divergence(log_p[1])]
+            found = [mean, *with_slope(self._divergence, log_p[1]), *masses]
+            return [a + b for a, b in zip(sums, found, strict=True)]
 
-        start = [jnp.zeros_like(z), jnp.zeros(())]
-        mean, divergence = fold(body, start, [weights, bias, table], config.chunk)
+        start = [jnp.zeros_like(z)] + [jnp.zeros(z.shape[:3])] * 4
+        tables = [weights, bias, table]
+        mean, kl, slope, mass, mass_at_1 = fold(body, start, tables, config.chunk)
+        mean = normalised(mean, mean, mass[..., None])
         z_q = straight_through_choice(table[ids], mean) if hard else mean
-        return QuantizerOutput(z_q=z_q, ids=ids, losses={"kl": config.kl_weight * divergence})
+        loss = config.kl_weight * jnp.mean(normalised(kl, slope, mass_at_1))
+        return QuantizerOutput(z_q=z_q, ids=ids, losses={"kl": loss})
 
     def codes(self, ids: Int[Array, "b h w"]) -> Float[Array, "b h w d"]:
         return self._table()[ids]
@@ -135,8 +141,8 @@ class GumbelQuantizer(Quantizer):
         codebook = self.codebook[...]
         return codebook if self.used is None else codebook[self.used[...]]
 
-    def _divergence(self, log_p: Float[Array, "b h w n"]) -> Float[Array, ""]:
+    def _divergence(self, log_p: Float[Array, "b h w n"]) -> Float[Array, "b h w"]:
         """Share of some codes in the divergence from the uniform distribution over the whole
         table, whatever part of it is in use."""
         p = jnp.exp(log_p)
-        return jnp.mean(jnp.sum(p * jnp.log(p * self.config.codebook_size + 1e-10), axis=-1))
+        return jnp.sum(p * jnp.log(p * self.config.codebook_size + 1e-10), axis=-1)

@@ -29,7 +29,15 @@ from vqgan.tokenizer.quantizers.base import (
     check_positive,
     straight_through_choice,
 )
-from vqgan.tokenizer.quantizers.chunked import choose, fold, hide, scores, weighted_mean
+from vqgan.tokenizer.quantizers.chunked import (
+    choose,
+    fold,
+    hide,
+    normalised,
+    scores,
+    weighted_mean,
+    with_slope,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,19 +111,27 @@ class IBQuantizer(Quantizer):
             _, *logits = views(ids, rows)
             log_p = [hide(x, valid) - t[..., None] for x, t in zip(logits, totals, strict=True)]
             # The codebook is reached through the logits alone.
-            parts = [weighted_mean(jnp.exp(log_p[0]), jax.lax.stop_gradient(rows))]
+            p = jnp.exp(log_p[0])
+            parts = [weighted_mean(p, jax.lax.stop_gradient(rows)), jnp.sum(p, axis=-1)]
             if config.entropy_weight:
-                p = jnp.exp(log_p[1])
-                parts += [-jnp.sum(p * log_p[1], axis=-1), batch_entropy(p)]
+                parts += [
+                    *with_slope(_sample_entropy, log_p[1]),
+                    *with_slope(_batch_entropy, log_p[1]),
+                    jnp.sum(jnp.exp(log_p[1]), axis=-1),
+                ]
             return [a + b for a, b in zip(sums, parts, strict=True)]
 
-        start = [jnp.zeros_like(z)]
+        zero = jnp.zeros(z.shape[:3])
+        start = [jnp.zeros_like(z), zero]
         if config.entropy_weight:
-            start += [jnp.zeros(z.shape[:3]), jnp.zeros(())]
-        mean, *entropies = fold(body, start, [codebook], config.chunk)
+            start += [zero, zero, jnp.zeros(()), zero, zero]
+        mean, mass, *entropies = fold(body, start, [codebook], config.chunk)
+        mean = normalised(mean, mean, mass[..., None])
         if not config.entropy_weight:
             return ids, mean, {}
-        sample, batch = entropies
+        sample, sample_slope, batch, batch_slope, mass = entropies
+        sample = normalised(sample, sample_slope, mass)
+        batch = batch + jnp.sum(normalised(zero, batch_slope, mass))
         weight = config.entropy_weight
         return (
             ids,
@@ -125,3 +141,11 @@ class IBQuantizer(Quantizer):
                 "batch_entropy": -weight * config.diversity * batch,
             },
         )
+
+
+def _sample_entropy(log_p: Float[Array, "b h w c"]) -> Float[Array, "b h w"]:
+    return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+
+
+def _batch_entropy(log_p: Float[Array, "b h w c"]) -> Float[Array, ""]:
+    return batch_entropy(jnp.exp(log_p))
