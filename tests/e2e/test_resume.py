@@ -108,6 +108,7 @@ def test_a_run_that_is_over_is_left_alone(undisturbed, data):
     assert (undisturbed / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_stage_2_killed(undisturbed, data, tmp_path):
     runs = [tmp_path / name for name in ("undisturbed", "killed")]
     commands = [

@@ -52,6 +52,7 @@ def made(config):
     return model, lambda x, train=True: model(seen(x), train=train)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_it_learns_to_tell_two_kinds_of_images_apart(config):
     model = make_discriminator(config, rngs=nnx.Rngs(0))

@@ -113,7 +113,7 @@ def test_channels_that_differ_are_named():
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("side", [1, 2, 3, 5])
+@pytest.mark.parametrize("side", [1, 2, 3, pytest.param(5, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("padding", ["SAME", ((1, 1), (1, 1)), ((0, 2), (1, 1))])
 def test_convolution_of_small_maps_equals_the_ordinary_one(side, stride, padding):
     x = _images(2, side, side + 1, 3)

@@ -230,6 +230,7 @@ class WithClassifier(Gradients):
         return discriminator_loss("hinge", real, made) + self.loss.lecam_weight * lecam
 
 
+@pytest.mark.slow
 def test_gradients_with_the_classifier_equal_the_long_way():
     loss = dataclasses.replace(
         CONFIG.loss, classifier_weight=5.0, lecam_weight=0.5, lecam_of="mean"

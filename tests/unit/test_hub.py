@@ -417,6 +417,7 @@ def test_the_card_invents_nothing(tokenizer, pipeline, tmp_path):
     assert (front["license"], front["license_name"]) == ("other", "mit-and-my-own-1")
 
 
+@pytest.mark.slow
 def test_the_lines_of_a_card_run(server, pipeline):
     config = dataclasses.replace(pipeline.prior.config, num_classes=0)
     unconditional = Prior(config, rngs=nnx.Rngs(0))

@@ -302,6 +302,7 @@ def trained(tmp_path_factory):
     return place, [json.loads(line) for line in lines]
 
 
+@pytest.mark.slow
 def test_training_finds_the_classes(trained):
     place, lines = trained
     losses = [line["bce"] for line in lines if line["kind"] == "train"]

@@ -184,6 +184,7 @@ def test_an_image_has_the_same_codes_alone_and_in_a_batch():
     np.testing.assert_array_equal(quantizer.codes(out.ids[1:2]), out.z_q[1:2])
 
 
+@pytest.mark.slow
 def test_codes_start_from_what_all_scales_have_to_quantise():
     # As many codes as latents, so that every one of them is a code.
     quantizer = make_quantizer(dataclasses.replace(FLAT, codebook_size=640), rngs=nnx.Rngs(0))
@@ -201,6 +202,7 @@ def test_codes_start_from_what_all_scales_have_to_quantise():
     assert errors == sorted(errors, reverse=True)
 
 
+@pytest.mark.slow
 def test_dead_codes_move_onto_what_the_codes_of_now_leave_over():
     config = dataclasses.replace(FLAT, codebook_size=64, init_from_data=False, revive_after=1)
     quantizer, z = make(config), latents()
@@ -289,6 +291,7 @@ def test_tokenizer_decodes_what_it_encodes(tokenizer):
     assert coarse.shape == images.shape and np.abs(coarse - out.reconstruction).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_codes_are_stored_and_evaluated(tokenizer, tmp_path):
     images = pictures(4)
     codes = write_codes(

@@ -29,7 +29,7 @@ KEY = jax.random.key(0)
 BATCH = 2
 
 # In the default suite; a full-size model alone takes seconds to trace, a step to compile.
-QUICK = ("taming-f16", "maskgit", "llamagen-b")
+QUICK = ("taming-f16", "llamagen-b")
 
 
 def each(names):

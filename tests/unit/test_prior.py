@@ -133,6 +133,7 @@ def test_eight_devices_compute_what_one_does(prior):
     assert np.array_equal(drawn, prior.sample(classes, rng=jax.random.key(0)))
 
 
+@pytest.mark.slow
 def test_rematerialised_gradients_are_the_same():
     def gradient(prior):
         graph, state = nnx.split(prior)

@@ -81,6 +81,7 @@ def test_uniform_logits_cost_the_logarithm_of_the_codebook(prior):
     np.testing.assert_allclose(per_dim, 12 * math.log2(10) / (24 * 32 * 3), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_learns_a_pattern_a_class_and_samples_it():
     config = dataclasses.replace(CONFIG, width=32)
     graph, state = nnx.split(Prior(config, rngs=nnx.Rngs(0)))

@@ -62,7 +62,16 @@ def lively(config: PriorConfig, seed: int = 0) -> Prior:
     return nnx.merge(graph, state)
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+# The rest in the slow suite: each shape of a prior compiles every test anew.
+QUICK = ("llama in order", "prefix in order")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CONFIGS
+    ],
+)
 def prior(request) -> Prior:
     return lively(CONFIGS[request.param])
 

@@ -146,7 +146,7 @@ def assert_trees_close(found, expected):
         np.testing.assert_allclose(x / scale, y / scale, rtol=0, atol=1e-5, err_msg=str(path))
 
 
-@pytest.mark.parametrize("kind", ["hinge", "non_saturating"])
+@pytest.mark.parametrize("kind", ["hinge", pytest.param("non_saturating", marks=pytest.mark.slow)])
 def test_gradients_of_both_players_equal_the_long_way(kind):
     stage, init = setup(with_loss(adversarial=kind), GRADIENTS, GRADIENTS)
     state = spread_codes(init())
@@ -405,6 +405,7 @@ def test_the_weight_ramps_up_from_a_fraction_of_the_run(regularised):
     np.testing.assert_allclose(weights / weights[-1], [0, 0.5, 1, 1], rtol=0.05)
 
 
+@pytest.mark.slow
 def test_both_players_see_augmented_images():
     stage, init = setup(with_loss(augment=("cutout", "translation")), GRADIENTS, GRADIENTS)
     jitted = jax.jit(functools.partial(step, stage, perceptual=Perceptual()))
