@@ -264,6 +264,7 @@ def test_full_disk(capsys, data, trained, tmp_path, monkeypatch):
     assert "No space left" in refusal(capsys, *command, "--out", out)
 
 
+@pytest.mark.slow
 def test_numbers_that_are_not_finite_end_the_run(capsys, data, tmp_path):
     more = "--steps 6 --optim.lr inf --optim.warmup-steps 0"
     with pytest.raises(SystemExit) as exit:

@@ -75,6 +75,16 @@ def undisturbed(data, tmp_path_factory):
     return out
 
 
+def test_stage_1_killed(undisturbed, data, tmp_path):
+    command = tiny.tokenizer_command(data, tmp_path / "killed", "--steps", "12")
+    status, output = run(command, kind="SIGKILL", step=5)
+    assert status == -9, output
+    status, output = run(command)
+    assert status == 0 and "goes on from step" in output, output
+    assert_same_run(undisturbed, tmp_path / "killed")
+
+
+@pytest.mark.slow
 def test_stage_1_killed_and_stopped(undisturbed, data, tmp_path):
     out = tmp_path / "disturbed"
     command = tiny.tokenizer_command(data, out, "--steps", "12")

@@ -326,6 +326,7 @@ def test_training_finds_the_classes(trained):
     assert seen["accuracy"] > 0.45  # so few maps teach little about others; chance: 0.2
 
 
+@pytest.mark.slow
 def test_reconstruct_shows_colours_and_says_how_many_are_right(trained, tmp_path, capsys):
     place, _ = trained
     name = place / "maps" / "3.png"

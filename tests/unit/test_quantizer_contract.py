@@ -91,6 +91,8 @@ CONFIGS = {
     "multiscale": MULTISCALE,
     "multiscale-cosine": dataclasses.replace(MULTISCALE, cosine=True, k_means=2, phis=0),
 }
+# Other forms of a kind, those with a dash in the name, are in the slow suite.
+EACH = [pytest.param(name, marks=pytest.mark.slow if "-" in name else ()) for name in CONFIGS]
 SEQUENCES = {"multiscale": 19, "multiscale-cosine": 19}  # whose ids are [b, l]
 PLACES = {
     "residual": (3,),
@@ -114,12 +116,12 @@ STABLE = (
 LOSSLESS = ("fsq", "fsq-symmetric", "product")
 
 
-@pytest.fixture(params=CONFIGS)
+@pytest.fixture(params=EACH)
 def quantizer(request):
     return make(CONFIGS[request.param])
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("scale", [1.0, 1e3])
 def test_ids_are_int32_of_the_grid_and_codes_inverts_them_bit_for_bit(name, scale):
     quantizer, z = make(CONFIGS[name]), scale * latents()
@@ -131,7 +133,7 @@ def test_ids_are_int32_of_the_grid_and_codes_inverts_them_bit_for_bit(name, scal
     np.testing.assert_array_equal(quantizer.codes(out.ids), out.z_q)
 
 
-@pytest.mark.parametrize("name", STABLE)
+@pytest.mark.parametrize("name", [each for each in EACH if each.values[0] in STABLE])
 def test_each_code_is_quantised_to_itself(name):
     quantizer = make(CONFIGS[name])
     every = jnp.arange(quantizer.codebook_size, dtype=jnp.int32).reshape(1, 1, -1)
@@ -139,7 +141,7 @@ def test_each_code_is_quantised_to_itself(name):
     np.testing.assert_array_equal(out.ids, every)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", EACH)
 def test_every_id_has_a_code_of_its_own(name):
     quantizer = make(CONFIGS[name])
     (places,), k = PLACES.get(name, (1,)), quantizer.codebook_size
@@ -222,7 +224,7 @@ REPLACED = {
 }
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", EACH)
 def test_gradient_goes_straight_through_or_as_documented(name):
     quantizer, z, weights = make(CONFIGS[name]), latents(), latents(2)
     to_z, to_params = gradients(quantizer, z, lambda out: (out.z_q * weights).sum())
@@ -236,7 +238,7 @@ def test_gradient_goes_straight_through_or_as_documented(name):
     np.testing.assert_allclose(to_z, expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", EACH)
 def test_losses_have_names_and_a_gradient(name):
     quantizer = make(CONFIGS[name])
     losses = run(quantizer, latents()).losses
@@ -306,7 +308,7 @@ def test_maintenance_is_a_function_of_its_key(quantizer):
     assert_same(flat_weights(first), flat_weights(second))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", EACH)
 def test_config_and_weights_survive_their_files(name):
     quantizer, whole = make(CONFIGS[name]), TokenizerConfig(quantizer=CONFIGS[name])
     data = json.loads(json.dumps(to_json(whole)))
@@ -555,7 +557,7 @@ def test_tokenizer_of_several_ids_a_position_decodes_what_it_encodes(name):
 
 
 @pytest.mark.multidevice  # a minute and a half, most of it compiling
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", EACH)
 def test_eight_devices_do_what_one_does(name):
     z, weights = latents(shape=(8, 3, 4, 3)), latents(2, (8, 3, 4, 3))
     spread = jax.device_put(z, jax.NamedSharding(make_mesh(), jax.P("data")))
