@@ -45,11 +45,6 @@ def latents(seed=0, shape=(2, 3, 4, 3)):
     return jax.random.normal(jax.random.key(seed), shape)
 
 
-def quick_key(seed):
-    """Of a generator that compiles in a tenth of the default one's time."""
-    return jax.random.key(seed, impl="rbg")
-
-
 def make(config, *, spread=True, used=USED):
     quantizer = make_quantizer(config, rngs=nnx.Rngs(0))
     for i, stage in enumerate(getattr(quantizer, "stages", [quantizer])):

@@ -30,7 +30,6 @@ from quantizing import (
     gumbel_logits,
     latents,
     make,
-    quick_key,
     run,
     unit,
 )
@@ -58,7 +57,7 @@ def test_vq_in_chunks_takes_the_lowest_id_of_equal_codes(chunk):
 def test_gumbel_in_chunks_draws_each_code_with_its_probability():
     gumbel = make(dataclasses.replace(GUMBEL, codebook_size=13, chunk=4))
     z = jnp.broadcast_to(latents(shape=(1, 1, 1, 3)), (1, 100, 200, 3))
-    ids = run(gumbel, z, key=quick_key(0), step=jnp.int32(0)).ids
+    ids = run(gumbel, z, key=jax.random.key(0), step=jnp.int32(0)).ids
     found = np.bincount(np.asarray(ids).ravel(), minlength=13) / ids.size
     p = softmax(gumbel_logits(gumbel, z[0, 0, 0]))
     np.testing.assert_allclose(found, p, atol=5 * np.sqrt(p.max() / ids.size))
@@ -270,7 +269,7 @@ def test_gumbel_evaluates_to_the_most_probable_code(gumbel):
 def test_gumbel_draws_at_the_temperature_of_the_step(gumbel, step):
     soft = make(dataclasses.replace(GUMBEL, straight_through=False))
     nnx.update(soft, nnx.state(gumbel))
-    z, key = 3 * latents(), quick_key(8)
+    z, key = 3 * latents(), jax.random.key(8)
     noise = np.asarray(jax.random.gumbel(key, (*z.shape[:3], 12)), np.float64)
     temperature = 1 / 16 + (1 - 1 / 16) * (1 + np.cos(np.pi * min(step / 10, 1))) / 2
     p = softmax((gumbel_logits(gumbel, z) + noise) / temperature, axis=-1)
@@ -307,14 +306,14 @@ def test_gumbel_draws_at_the_temperature_of_the_step(gumbel, step):
 
 def test_gumbel_draws_each_code_with_its_probability(gumbel):
     z = jnp.broadcast_to(latents(shape=(1, 1, 1, 3)), (1, 100, 200, 3))
-    ids = run(gumbel, z, key=quick_key(0), step=jnp.int32(0)).ids
+    ids = run(gumbel, z, key=jax.random.key(0), step=jnp.int32(0)).ids
     found = np.bincount(np.asarray(ids).ravel(), minlength=12) / ids.size
     p = softmax(gumbel_logits(gumbel, z[0, 0, 0]))
     np.testing.assert_allclose(found, p, atol=5 * np.sqrt(p.max() / ids.size))
 
 
 def test_gumbel_without_a_step_is_at_the_end_of_its_schedule(gumbel):
-    z, key = latents(), quick_key(0)
+    z, key = latents(), jax.random.key(0)
     ended = gradients(gumbel, z, everything, key=key, step=jnp.int32(10))
     # Up to rounding: here the temperature is a constant that XLA knows, there it is not.
     for a, b in zip(
@@ -598,7 +597,7 @@ def test_ema_follows_the_formula_of_the_paper():
         z = np.asarray(latents(batch), np.float64)
         ids = np.square(z[..., None, :] - codes).sum(-1).argmin(-1)
         assert run(quantizer, jnp.array(z)).ids.tolist() == ids.tolist()
-        quantizer.maintain(jnp.array(z, jnp.float32), jnp.array(ids, jnp.int32), quick_key(0))
+        quantizer.maintain(jnp.array(z, jnp.float32), jnp.array(ids, jnp.int32), jax.random.key(0))
         hard = np.eye(12)[ids.ravel()]
         counts = 0.9 * counts + 0.1 * hard.sum(0)
         sums = 0.9 * sums + 0.1 * hard.T @ z.reshape(-1, 3)
