@@ -12,9 +12,14 @@ import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Keys of a generator that compiles in a tenth of the default one's time: a third of all compiling
-# was of random numbers, a program a shape. Processes that tests start have the default.
-jax.config.update("jax_default_prng_impl", "rbg")
 _cache = Path(os.environ.get("VQGAN_TEST_CACHE", Path(tempfile.gettempdir()) / "vqgan-test-cache"))
 jax.config.update("jax_compilation_cache_dir", str(_cache))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def pytest_configure(config):
+    """In the default suite keys are of a generator that compiles in a tenth of the time: a third of
+    all compiling was of random numbers, a program a shape. The other suites, and the processes that
+    tests start, have JAX's default one."""
+    if config.option.markexpr.startswith("not slow"):
+        jax.config.update("jax_default_prng_impl", "rbg")
