@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from scipy.special import logsumexp
 
 from vqgan.tokenizer.quantizers import (
     BSQConfig,
@@ -111,3 +112,10 @@ def gumbel_logits(quantizer, z):
         np.asarray(x[...], np.float64) for x in (quantizer.proj_weight, quantizer.proj_bias)
     )
     return np.asarray(z, np.float64) @ weight.T + bias
+
+
+def entropies(logits):
+    """Mean entropy of the rows, and entropy of their mean as MAGVIT-2 computes it."""
+    log_p = logits - logsumexp(logits, axis=-1, keepdims=True)
+    mean = np.exp(log_p).mean(0)
+    return -(np.exp(log_p) * log_p).sum(-1).mean(), -(mean * np.log(mean + 1e-5)).sum()

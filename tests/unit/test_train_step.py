@@ -136,14 +136,14 @@ class Gradients:
 
 
 def assert_trees_close(found, expected):
-    """Equal to 3e-5 of each array's largest entry. Some gradients are 0 but for rounding (keys'
+    """Equal to 1e-5 of each array's largest entry. Some gradients are 0 but for rounding (keys'
     biases, which the softmax does not see), so an array is given a hundredth of the largest."""
     largest = max(np.abs(y).max() for y in jax.tree.leaves(expected))
     for (path, x), y in zip(
         jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
     ):
         scale = max(np.abs(y).max(), 1e-2 * largest)
-        np.testing.assert_allclose(x / scale, y / scale, rtol=0, atol=3e-5, err_msg=str(path))
+        np.testing.assert_allclose(x / scale, y / scale, rtol=0, atol=1e-5, err_msg=str(path))
 
 
 @pytest.mark.parametrize("kind", ["hinge", pytest.param("non_saturating", marks=pytest.mark.slow)])

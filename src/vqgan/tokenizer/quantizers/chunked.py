@@ -6,9 +6,9 @@ in turn by a scan, which holds `bhw x chunk` floats, and which the backward pass
 of keeping what it held. Results differ by rounding alone.
 
 Sums over the probabilities of all codes take two passes: `choose` finds the normaliser of each
-position, a constant to the second pass. The gradient through it is the sum's `slope` there times
-the gradient of the probabilities' `mass`, 1 in value, which the second pass adds up too. So no pass
-goes backwards but the second, and the gradient of a table is held once.
+position, a constant to `add_up`. The gradient through it is the sum's slope there times the
+gradient of the probabilities' mass, 1 in value, which are added up too, and `normalised` puts it
+back. So no pass goes backwards but the second, and the gradient of a table is held once.
 """
 
 import math
@@ -81,11 +81,40 @@ def choose(
     return ids, totals
 
 
+def add_up(
+    parts: Callable[..., dict[str, Array]],
+    views: Callable[..., Sequence[Float[Array, "b h w c"]]],
+    totals: Sequence[Float[Array, "b h w"]],
+    tables: Sequence[Float[Array, "k ..."]],
+    chunk: int,
+) -> dict[str, Array]:
+    """Sums over all codes, by name.
+
+    Args:
+      parts: of (the logarithms of some codes' probabilities, an array a total; their rows of each
+        table), the sums over these codes.
+      views: as of `choose`, but of rows of these tables.
+      totals: what `choose` found. Constants here: see `normalised`.
+    """
+
+    def found(ids: Array, valid: Array | None, *rows: Array) -> dict[str, Array]:
+        _, *logits = views(ids, *rows)
+        log_p = [hide(x, valid) - t[..., None] for x, t in zip(logits, totals, strict=True)]
+        return parts(log_p, *rows)
+
+    def body(sums: dict[str, Array], *of_chunk: Any) -> dict[str, Array]:
+        return jax.tree.map(jnp.add, sums, found(*of_chunk))
+
+    first = jnp.arange(min(chunk, len(tables[0])))
+    like = jax.eval_shape(found, first, None, *(table[: len(first)] for table in tables))
+    return fold(body, jax.tree.map(jnp.zeros_like, like), tables, chunk)
+
+
 def with_slope(
     term: Callable[[Float[Array, "b h w c"]], T], log_p: Float[Array, "b h w c"]
 ) -> tuple[T, Float[Array, "b h w"]]:
     """A sum over some codes, by position or over all, and its slope: its derivative by position
-    where the logarithms of all probabilities there grow alike."""
+    where the logarithms of all probabilities there grow alike. A mean of rows is its own slope."""
     total, pullback = jax.vjp(term, log_p)
     return total, jnp.sum(pullback(jnp.ones_like(total))[0], axis=-1)
 

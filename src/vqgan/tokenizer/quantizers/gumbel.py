@@ -1,11 +1,11 @@
 """Gumbel-softmax quantisation (Jang et al. 2016, arXiv:1611.01144; as in DALL-E, arXiv:2102.12092,
 and taming-transformers).
 
-    logits = proj(z)        p = softmax((logits + g) / temperature),  g ~ Gumbel(0, 1)
+    logits = W z + b        p = softmax((logits + g) / temperature),  g ~ Gumbel(0, 1)
     ids = argmax p          z_q = (onehot(ids) - stop_gradient(p) + p) @ codebook
     loss = kl_weight * KL(softmax(logits) || uniform)
 
-Latents `[b, h, w, d]`, a 1x1 convolution `d -> k` to the logits, codebook `[k, d]`, ids `[b, h,
+Latents `[b, h, w, d]`, a 1x1 convolution W `[k, d]` and b `[k]`, codebook `[k, d]`, ids `[b, h,
 w]`. Codes are drawn, not looked up: every code gets a gradient in proportion to its probability,
 which keeps codebooks in use without any care for dead codes. The price is noise in training, a
 temperature to anneal, `d x k` more parameters, and some arrays of `bhw x min(k, chunk)` floats.
@@ -31,9 +31,8 @@ from vqgan.tokenizer.quantizers.base import (
     straight_through_choice,
 )
 from vqgan.tokenizer.quantizers.chunked import (
+    add_up,
     choose,
-    fold,
-    hide,
     normalised,
     scores,
     weighted_mean,
@@ -97,7 +96,7 @@ class GumbelQuantizer(Quantizer):
         if self.used is not None:
             weights, bias = weights[self.used[...]], bias[self.used[...]]
 
-        def views(ids: Array, weights: Array, bias: Array) -> list[Array]:
+        def views(ids: Array, weights: Array, bias: Array, *_: Array) -> list[Array]:
             logits = scores(z, weights) + bias[None, None, None]
             noisy = logits
             if key is not None:
@@ -109,22 +108,22 @@ class GumbelQuantizer(Quantizer):
 
         hard = config.straight_through or key is None
 
-        def body(sums: list, ids: Array, valid: Array | None, *parts: Array) -> list:
-            *logits, codes = parts
-            _, *logits = views(ids, *logits)
-            log_p = [hide(x, valid) - t[..., None] for x, t in zip(logits, totals, strict=True)]
-            masses = [jnp.sum(jnp.exp(each), axis=-1) for each in log_p]
-            mean = weighted_mean(jnp.exp(log_p[0]), constant(codes) if hard else codes)
-            found = [mean, *with_slope(self._divergence, log_p[1]), *masses]
-            return [a + b for a, b in zip(sums, found, strict=True)]
+        def parts(log_p: list[Array], *rows: Array) -> dict[str, Array]:
+            drawn, codes = jnp.exp(log_p[0]), rows[-1]
+            kl, slope = with_slope(self._divergence, log_p[1])
+            return {
+                "mean": weighted_mean(drawn, constant(codes) if hard else codes),
+                "mean_mass": jnp.sum(drawn, axis=-1),
+                "kl": kl,
+                "kl_slope": slope,
+                "kl_mass": jnp.sum(jnp.exp(log_p[1]), axis=-1),
+            }
 
-        start = [jnp.zeros_like(z)] + [jnp.zeros(z.shape[:3])] * 4
-        tables = [weights, bias, table]
-        mean, kl, slope, mass, mass_at_1 = fold(body, start, tables, config.chunk)
-        mean = normalised(mean, mean, mass[..., None])
+        sums = add_up(parts, views, totals, [weights, bias, table], config.chunk)
+        mean = normalised(sums["mean"], sums["mean"], sums["mean_mass"][..., None])
+        kl = normalised(sums["kl"], sums["kl_slope"], sums["kl_mass"])
         z_q = straight_through_choice(table[ids], mean) if hard else mean
-        loss = config.kl_weight * jnp.mean(normalised(kl, slope, mass_at_1))
-        return QuantizerOutput(z_q=z_q, ids=ids, losses={"kl": loss})
+        return QuantizerOutput(z_q=z_q, ids=ids, losses={"kl": config.kl_weight * jnp.mean(kl)})
 
     def codes(self, ids: Int[Array, "b h w"]) -> Float[Array, "b h w d"]:
         return self._table()[ids]

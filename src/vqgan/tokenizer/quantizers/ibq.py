@@ -30,9 +30,8 @@ from vqgan.tokenizer.quantizers.base import (
     straight_through_choice,
 )
 from vqgan.tokenizer.quantizers.chunked import (
+    add_up,
     choose,
-    fold,
-    hide,
     normalised,
     scores,
     weighted_mean,
@@ -107,40 +106,40 @@ class IBQuantizer(Quantizer):
 
         ids, totals = choose(views, z, [codebook], config.chunk)
 
-        def body(sums: list[Array], ids: Array, valid: Array | None, rows: Array) -> list[Array]:
-            _, *logits = views(ids, rows)
-            log_p = [hide(x, valid) - t[..., None] for x, t in zip(logits, totals, strict=True)]
+        def parts(log_p: list[Array], rows: Array) -> dict[str, Array]:
             # The codebook is reached through the logits alone.
             p = jnp.exp(log_p[0])
-            parts = [weighted_mean(p, jax.lax.stop_gradient(rows)), jnp.sum(p, axis=-1)]
-            if config.entropy_weight:
-                parts += [
-                    *with_slope(_sample_entropy, log_p[1]),
-                    *with_slope(_batch_entropy, log_p[1]),
-                    jnp.sum(jnp.exp(log_p[1]), axis=-1),
-                ]
-            return [a + b for a, b in zip(sums, parts, strict=True)]
+            mean = weighted_mean(p, jax.lax.stop_gradient(rows))
+            found = {"mean": mean, "mass": jnp.sum(p, axis=-1)}
+            return found | _entropy_parts(log_p[1]) if config.entropy_weight else found
 
-        zero = jnp.zeros(z.shape[:3])
-        start = [jnp.zeros_like(z), zero]
-        if config.entropy_weight:
-            start += [zero, zero, jnp.zeros(()), zero, zero]
-        mean, mass, *entropies = fold(body, start, [codebook], config.chunk)
-        mean = normalised(mean, mean, mass[..., None])
+        sums = add_up(parts, views, totals, [codebook], config.chunk)
+        mean = normalised(sums["mean"], sums["mean"], sums["mass"][..., None])
         if not config.entropy_weight:
             return ids, mean, {}
-        sample, sample_slope, batch, batch_slope, mass = entropies
-        sample = normalised(sample, sample_slope, mass)
-        batch = batch + jnp.sum(normalised(zero, batch_slope, mass))
-        weight = config.entropy_weight
-        return (
-            ids,
-            mean,
-            {
-                "sample_entropy": weight * jnp.mean(sample),
-                "batch_entropy": -weight * config.diversity * batch,
-            },
+        sample = normalised(sums["sample"], sums["sample_slope"], sums["sharp_mass"])
+        batch = sums["batch"] + jnp.sum(
+            normalised(jnp.zeros_like(sample), sums["batch_slope"], sums["sharp_mass"])
         )
+        weight = config.entropy_weight
+        losses = {
+            "sample_entropy": weight * jnp.mean(sample),
+            "batch_entropy": -weight * config.diversity * batch,
+        }
+        return ids, mean, losses
+
+
+def _entropy_parts(log_p: Float[Array, "b h w c"]) -> dict[str, Array]:
+    """The share of some codes in both entropies."""
+    sample, sample_slope = with_slope(_sample_entropy, log_p)
+    batch, batch_slope = with_slope(_batch_entropy, log_p)
+    return {
+        "sample": sample,
+        "sample_slope": sample_slope,
+        "batch": batch,
+        "batch_slope": batch_slope,
+        "sharp_mass": jnp.sum(jnp.exp(log_p), axis=-1),
+    }
 
 
 def _sample_entropy(log_p: Float[Array, "b h w c"]) -> Float[Array, "b h w"]:
